@@ -1,0 +1,3 @@
+"""layerstore: containers start before their images have arrived."""
+
+__version__ = "0.1.0"

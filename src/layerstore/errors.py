@@ -1,0 +1,189 @@
+"""The one error tree of layerstore.
+
+Every error says what failed, for which subject (reference, layer, file), whose
+fault it is and what to do about it.  ``code`` is a stable reason code: the same
+word stands in the log line, in the counter and in the documentation.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar
+
+
+class Fault(enum.Enum):
+    """Whose fault an error is."""
+
+    CALLER = "caller"  # a wrong argument or configuration
+    CONTENT = "content"  # what the publisher of the image put there
+    REGISTRY = "registry"  # the registry answered, but not as it should
+    NETWORK = "network"  # no or no timely answer
+    LOCAL = "local"  # this machine: disk, kernel, permissions
+    INTERNAL = "internal"  # layerstore itself
+
+
+class LayerstoreError(Exception):
+    """Base of all errors that layerstore raises on purpose.
+
+    ``what`` is one sentence without a final stop, ``subject`` the reference,
+    layer or file concerned, ``advice`` what the reader can do about it.
+    """
+
+    code: ClassVar[str] = "error"
+    fault: ClassVar[Fault] = Fault.INTERNAL
+
+    def __init__(self, what: str, *, subject: str = "", advice: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.subject = subject
+        self.advice = advice
+
+    def __str__(self) -> str:
+        text = f"{self.subject}: {self.what}" if self.subject else self.what
+        return f"{text} ({self.advice})" if self.advice else text
+
+
+class UsageError(LayerstoreError):
+    """A command line or call that makes no sense."""
+
+    code = "usage"
+    fault = Fault.CALLER
+
+
+class ConfigError(LayerstoreError):
+    """A configuration file that cannot be used as it stands."""
+
+    code = "config"
+    fault = Fault.CALLER
+
+
+class InvalidReference(LayerstoreError):
+    """A text that is no image reference."""
+
+    code = "invalid-reference"
+    fault = Fault.CALLER
+
+
+class ContentError(LayerstoreError):
+    """An image whose bytes break a format rule."""
+
+    code = "content"
+    fault = Fault.CONTENT
+
+
+class InvalidDigest(ContentError):
+    """A text that is no digest, or one of an algorithm that is not supported."""
+
+    code = "invalid-digest"
+
+
+class InvalidManifest(ContentError):
+    """A manifest, index or config that breaks its specification."""
+
+    code = "invalid-manifest"
+
+
+class UnsupportedFormat(ContentError):
+    """Well-formed content of a kind that is not handled."""
+
+    code = "unsupported-format"
+
+
+class InvalidLayer(ContentError):
+    """A layer whose footer, TOC, tar stream or compression is broken."""
+
+    code = "invalid-layer"
+
+
+class LimitExceeded(ContentError):
+    """Content larger or deeper than a bound of ``limits``."""
+
+    code = "limit-exceeded"
+
+
+class VerificationError(ContentError):
+    """Bytes whose digest is not the announced one."""
+
+    code = "verification"
+
+
+class RegistryError(LayerstoreError):
+    """A registry's answer that is an error.
+
+    ``status`` is the HTTP status; ``codes`` are the registry's own error codes
+    (OCI distribution specification, "Error Codes").
+    """
+
+    code = "registry"
+    fault = Fault.REGISTRY
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        subject: str = "",
+        advice: str = "",
+        status: int = 0,
+        codes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(what, subject=subject, advice=advice)
+        self.status = status
+        self.codes = codes
+
+
+class NotFound(RegistryError):
+    """404, or the registry's word for it."""
+
+    code = "not-found"
+
+
+class AuthenticationError(RegistryError):
+    """401 or 403 after every credential was tried."""
+
+    code = "authentication"
+
+
+class RateLimited(RegistryError):
+    """429 after all retries."""
+
+    code = "rate-limited"
+
+
+class RangeNotSupported(RegistryError):
+    """The registry ignores byte ranges and the blob is too large to take whole."""
+
+    code = "no-ranges"
+
+
+class NetworkError(LayerstoreError):
+    """No connection, a reset, a short body, a time-out, after all retries."""
+
+    code = "network"
+    fault = Fault.NETWORK
+
+
+class DeadlineExceeded(NetworkError):
+    """The time allowed for an operation is over."""
+
+    code = "timeout"
+
+
+class StorageError(LayerstoreError):
+    """The local disk or database failed, or holds something that is no longer right."""
+
+    code = "storage"
+    fault = Fault.LOCAL
+
+
+class MountError(LayerstoreError):
+    """The kernel or fusermount3 refused a mount."""
+
+    code = "mount"
+    fault = Fault.LOCAL
+
+
+class ServiceError(LayerstoreError):
+    """The daemon is not there, already there, or refused a request."""
+
+    code = "service"
+    fault = Fault.LOCAL

@@ -1,0 +1,76 @@
+"""Every bound of layerstore, named, with its unit.
+
+A bound stands here once and is imported by the module that holds it, so that
+"what is the largest X" has one answer.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# -- images -------------------------------------------------------------------
+MANIFEST_BYTES: Final = 4 * MIB  # OCI distribution specification: clients need not take more
+CONFIG_BYTES: Final = 16 * MIB
+INDEX_MANIFESTS: Final = 256  # entries of one image index
+MANIFEST_LAYERS: Final = 512  # overlay mounts at most 500 lower directories
+ANNOTATIONS: Final = 1024  # entries of one annotation map
+REFERENCE_CHARS: Final = 1024  # whole reference text
+REPOSITORY_CHARS: Final = 255  # distribution reference grammar
+TAG_CHARS: Final = 128
+
+# -- layer formats -------------------------------------------------------------
+TOC_BYTES: Final = 150 * MIB  # as containers/storage, compressed and uncompressed
+TOC_ENTRIES: Final = 4_000_000
+PATH_BYTES: Final = 4096
+NAME_BYTES: Final = 255
+PATH_DEPTH: Final = 2048  # components of one path
+SYMLINK_BYTES: Final = 4095  # PATH_MAX without its NUL
+XATTR_VALUE_BYTES: Final = 64 * KIB  # XATTR_SIZE_MAX
+XATTR_NAME_BYTES: Final = 255
+XATTRS_PER_FILE: Final = 1024
+XATTRS_BYTES_PER_FILE: Final = 1 * MIB
+FILE_BYTES: Final = 1 << 60
+CHUNK_BYTES: Final = 256 * MIB  # uncompressed bytes of one chunk: it is held in memory to be verified
+MEMBER_BYTES: Final = 512 * MIB  # uncompressed bytes taken out of one gzip member
+INDEX_ENTRY_BITS: Final = 24  # entry number inside a layer, part of the node id
+TAR_EXTENDED_HEADER_BYTES: Final = 16 * MIB  # one PAX or GNU long name record
+
+# -- registry ------------------------------------------------------------------
+CONNECT_SECONDS: Final = 10.0
+READ_SECONDS: Final = 30.0  # silence on one connection
+TOKEN_BYTES: Final = 1 * MIB
+TOKEN_MIN_SECONDS: Final = 60  # distribution token specification: default and lower bound
+ERROR_BODY_BYTES: Final = 64 * KIB
+REDIRECTS: Final = 5
+ATTEMPTS: Final = 5  # of one request, the first included
+BACKOFF_FIRST_SECONDS: Final = 0.2
+BACKOFF_MAX_SECONDS: Final = 10.0
+RETRY_AFTER_MAX_SECONDS: Final = 30.0
+CONNECTIONS_PER_HOST: Final = 8
+HELPER_SECONDS: Final = 10.0  # one run of a credential helper
+
+# -- content and fetching --------------------------------------------------------
+TOC_TAIL_BYTES: Final = 512 * KIB  # first guess for footer and TOC in one request
+FETCH_GAP_BYTES: Final = 64 * KIB  # unneeded bytes worth fetching to save a request
+DEMAND_RANGE_BYTES: Final = 1 * MIB  # one on-demand range, neighbours included
+PREFETCH_RANGE_BYTES: Final = 8 * MIB
+BACKGROUND_RANGE_BYTES: Final = 32 * MIB
+OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
+
+# -- provider ------------------------------------------------------------------
+RESOLVE_SECONDS: Final = 25.0  # a lookup of `diff` is answered by then
+RESOLVE_QUEUE: Final = 256  # lookups waiting for a resolver
+RESOLVE_WORKERS: Final = 8
+REFRESH_SECONDS: Final = 10.0  # a reference is not resolved again sooner than this
+FAILURE_SECONDS: Final = 5.0  # a failed resolution is remembered this long at most
+TRANSIENT_NAMES: Final = 65_536  # reference and layer names remembered without a layer
+BLOB_WAITERS: Final = 64
+
+# -- file system -----------------------------------------------------------------
+READ_SECONDS_TOTAL: Final = 120.0  # a read is answered by then, with EIO if need be
+CONTROL_REQUEST_BYTES: Final = 64 * KIB
+CONTROL_SECONDS: Final = 10.0
