@@ -1,0 +1,32 @@
+# The front door of the checkout. Every target sets up what it needs by itself.
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+
+.PHONY: help bootstrap trixie demo test lint bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+bootstrap: ## install Debian packages that are missing and the pinned Python packages
+	@tools/bootstrap
+
+trixie: bootstrap ## unpack Debian 13's podman, skopeo and buildah into .cache/trixie
+	@$(PYTHON) -m lab.trixie
+
+demo: bootstrap ## show layerstore at work: real podman, a real registry, a kill -9
+	@$(PYTHON) -m lab.demo
+
+lint: bootstrap ## ruff (rules, format) and mypy --strict
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test: lint trixie ## lint, unit tests and the tests against the real tools
+	$(PYTHON) -m pytest tests/unit tests/compat
+
+bench: bootstrap ## measure against a plain pull and write the figures
+	@$(PYTHON) -m benchmarks
+
+clean: ## remove caches and build products (.venv and .cache included)
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
