@@ -25,6 +25,7 @@ TAG_CHARS: Final = 128
 # -- layer formats -------------------------------------------------------------
 TOC_BYTES: Final = 150 * MIB  # as containers/storage, compressed and uncompressed
 TOC_ENTRIES: Final = 4_000_000
+TOC_ENTRY_BYTES: Final = 4 * MIB  # JSON text of one entry
 PATH_BYTES: Final = 4096
 NAME_BYTES: Final = 255
 PATH_DEPTH: Final = 2048  # components of one path
@@ -56,9 +57,19 @@ HELPER_SECONDS: Final = 10.0  # one run of a credential helper
 # -- content and fetching --------------------------------------------------------
 TOC_TAIL_BYTES: Final = 512 * KIB  # first guess for footer and TOC in one request
 FETCH_GAP_BYTES: Final = 64 * KIB  # unneeded bytes worth fetching to save a request
-DEMAND_RANGE_BYTES: Final = 1 * MIB  # one on-demand range, neighbours included
 PREFETCH_RANGE_BYTES: Final = 8 * MIB
 BACKGROUND_RANGE_BYTES: Final = 32 * MIB
+DEMAND_RANGE_FIRST_BYTES: Final = 512 * KIB  # the window grows from here while reads are sequential
+DEMAND_RANGE_MAX_BYTES: Final = 8 * MIB
+DEMAND_STEAL_BYTES: Final = 512 * KIB  # waiting this far behind a running fetch beats a new request
+FETCH_WORKERS: Final = 8
+FETCH_PREFETCH_WORKERS: Final = 3
+FETCH_BACKGROUND_WORKERS: Final = 1
+FETCH_ATTEMPTS: Final = 4  # of one range whose connection broke in the middle
+BACKGROUND_QUIET_SECONDS: Final = 2.0  # without demand before background work goes on
+BACKGROUND_PAUSE_SECONDS: Final = 5.0  # longest rest in the middle of a response
+BACKGROUND_RETRY_SECONDS: Final = 15.0  # after a failure, doubled up to
+BACKGROUND_RETRY_MAX_SECONDS: Final = 600.0
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 
 # -- provider ------------------------------------------------------------------

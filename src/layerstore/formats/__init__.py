@@ -1,0 +1,25 @@
+"""How a layer's bytes are laid out: footers, TOCs, gzip members, tar streams."""
+
+from layerstore.formats.estargz import (
+    NO_PREFETCH_LANDMARK,
+    PREFETCH_LANDMARK,
+    TOC_NAME,
+    read_toc,
+)
+from layerstore.formats.footer import FOOTER_BYTES, Footer, build_footer, parse_footer
+from layerstore.formats.gzipmember import decompress_member
+from layerstore.formats.toc import TocEntry, iter_toc
+
+__all__ = [
+    "FOOTER_BYTES",
+    "NO_PREFETCH_LANDMARK",
+    "PREFETCH_LANDMARK",
+    "TOC_NAME",
+    "Footer",
+    "TocEntry",
+    "build_footer",
+    "decompress_member",
+    "iter_toc",
+    "parse_footer",
+    "read_toc",
+]
