@@ -37,6 +37,7 @@ XATTRS_BYTES_PER_FILE: Final = 1 * MIB
 FILE_BYTES: Final = 1 << 60
 CHUNK_BYTES: Final = 256 * MIB  # uncompressed bytes of one chunk: it is held in memory to be verified
 MEMBER_BYTES: Final = 512 * MIB  # uncompressed bytes taken out of one gzip member
+MEMBER_SLACK_BYTES: Final = 64 * MIB  # headers and padding that may follow the last payload of a member
 INDEX_ENTRY_BITS: Final = 24  # entry number inside a layer, part of the node id
 TAR_EXTENDED_HEADER_BYTES: Final = 16 * MIB  # one PAX or GNU long name record
 
@@ -70,6 +71,8 @@ BACKGROUND_QUIET_SECONDS: Final = 2.0  # without demand before background work g
 BACKGROUND_PAUSE_SECONDS: Final = 5.0  # longest rest in the middle of a response
 BACKGROUND_RETRY_SECONDS: Final = 15.0  # after a failure, doubled up to
 BACKGROUND_RETRY_MAX_SECONDS: Final = 600.0
+STREAM_DEMAND_BYTES: Final = 32 * KIB  # asked of a connection at once
+STREAM_BULK_BYTES: Final = 256 * KIB
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 
 # -- provider ------------------------------------------------------------------

@@ -1,0 +1,20 @@
+"""Verified bytes on local disk: objects by digest, partial objects, fetch scheduling."""
+
+from layerstore.content.files import OpenFile
+from layerstore.content.layer import LayerContent, LayerMap
+from layerstore.content.objects import ObjectStore
+from layerstore.content.scheduler import Priority, Scheduler
+from layerstore.content.stats import ContentStats, LayerStats
+from layerstore.content.stream import ByteSource
+
+__all__ = [
+    "ByteSource",
+    "ContentStats",
+    "LayerContent",
+    "LayerMap",
+    "LayerStats",
+    "ObjectStore",
+    "OpenFile",
+    "Priority",
+    "Scheduler",
+]

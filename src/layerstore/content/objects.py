@@ -1,0 +1,185 @@
+"""Verified file contents by digest, shared by all layers and images.
+
+``objects/<2 hex>/<62 hex>`` holds exactly the bytes whose SHA-256 is the name.
+``partial/<64 hex>`` holds a file that arrives chunk by chunk, with a bitmap of
+the verified chunks beside it; the name is the identity of the chunk list, not
+the announced digest of the file, because until all of it is there only the
+chunks are verified.  Nothing gets a name in ``objects`` before it is verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from layerstore import limits
+from layerstore.content.bitmap import Bitmap
+from layerstore.content.files import OpenFile, OpenFiles
+from layerstore.errors import StorageError, VerificationError
+
+_HASH_PIECE = 1 * limits.MIB
+
+
+class PartialObject:
+    """A file of ``chunks`` chunks that is being filled."""
+
+    def __init__(self, path: Path, size: int, chunks: int) -> None:
+        self.path = path
+        self.map_path = path.with_name(path.name + ".map")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.file = OpenFile(fd)
+        if os.fstat(fd).st_size != size:
+            os.ftruncate(fd, size)
+            self.map_path.unlink(missing_ok=True)
+        self.present = Bitmap(self.map_path, chunks)
+
+    def write(self, number: int, offset: int, data: bytes | memoryview) -> bool:
+        """Store a verified chunk; True if it was the last one missing."""
+        _write_all(self.file.fd, data, offset)
+        return self.present.set(number) and self.present.full
+
+
+class ObjectStore:
+    """The directory of objects and partial objects below ``root``.
+
+    Methods raise StorageError when the local disk fails.  Thread-safe.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._objects = os.fspath(root / "objects")
+        self._partial = root / "partial"
+        self._temporary = os.fspath(root / "tmp")
+        self._counter = itertools.count()
+        self._open: OpenFiles[bytes] = OpenFiles(limits.OPEN_OBJECTS)
+        self._partials: OrderedDict[bytes, PartialObject] = OrderedDict()
+        self._lock = threading.Lock()
+        try:
+            for first in range(256):
+                os.makedirs(f"{self._objects}/{first:02x}", mode=0o700, exist_ok=True)
+            self._partial.mkdir(mode=0o700, exist_ok=True)
+            os.makedirs(self._temporary, mode=0o700, exist_ok=True)
+            for stale in os.scandir(self._temporary):
+                os.unlink(stale.path)
+        except OSError as error:
+            raise StorageError(f"cannot prepare: {error.strerror}", subject=str(root)) from error
+
+    def path(self, digest: bytes) -> str:
+        """Where the object with this SHA-256 lives, if it is there."""
+        name = digest.hex()
+        return f"{self._objects}/{name[:2]}/{name[2:]}"
+
+    def open(self, digest: bytes) -> OpenFile | None:
+        """The complete object with this SHA-256, or None."""
+        return self._open.get(
+            digest, lambda: os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        )
+
+    def has(self, digest: bytes) -> bool:
+        """Whether the complete object is there."""
+        return os.path.exists(self.path(digest))
+
+    def put(self, digest: bytes, data: bytes | memoryview) -> None:
+        """Store a complete object whose SHA-256 the caller has checked."""
+        target = self.path(digest)
+        if os.path.exists(target):
+            return
+        temporary = f"{self._temporary}/{next(self._counter):x}"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                _write_all(fd, data, 0)
+            finally:
+                os.close(fd)
+            os.rename(temporary, target)
+        except OSError as error:
+            _unlink_quietly(temporary)
+            raise StorageError(f"cannot store: {error.strerror}", subject=target) from error
+
+    def known_partial(self, key: bytes) -> PartialObject | None:
+        """The partial object if it is open already; never touches the disk."""
+        with self._lock:
+            return self._partials.get(key)
+
+    def partial(self, key: bytes, size: int, chunks: int, *, create: bool) -> PartialObject | None:
+        """The partial object with chunk-list identity ``key``; None if absent and not created."""
+        with self._lock:
+            found = self._partials.get(key)
+            if found is not None:
+                self._partials.move_to_end(key)
+                return found
+            path = self._partial / key.hex()
+            try:
+                if not create and not path.exists():
+                    return None
+                found = PartialObject(path, size, chunks)
+            except OSError as error:
+                raise StorageError(f"cannot open: {error.strerror}", subject=str(path)) from error
+            self._partials[key] = found
+            while len(self._partials) > limits.OPEN_OBJECTS:
+                self._partials.popitem(last=False)
+            return found
+
+    def complete(self, key: bytes, partial: PartialObject, digest: bytes) -> None:
+        """Turn a partial object with all its chunks into the object ``digest``.
+
+        Raises VerificationError if the whole does not hash to ``digest``: chunk
+        list and file digest of the TOC contradict each other.  The partial
+        object is forgotten then.
+        """
+        hasher = hashlib.sha256()
+        offset = 0
+        while piece := os.pread(partial.file.fd, _HASH_PIECE, offset):
+            hasher.update(piece)
+            offset += len(piece)
+        with self._lock:
+            self._partials.pop(key, None)
+            matches = hasher.digest() == digest
+            try:
+                if matches:
+                    os.rename(partial.path, self.path(digest))
+                else:
+                    partial.path.unlink(missing_ok=True)
+                partial.map_path.unlink(missing_ok=True)
+            except FileNotFoundError:
+                return  # another layer with the same file was faster
+            except OSError as error:
+                raise StorageError(
+                    f"cannot publish: {error.strerror}", subject=str(partial.path)
+                ) from error
+        if not matches:
+            raise VerificationError(
+                f"file has SHA-256 {hasher.hexdigest()} instead of {digest.hex()}",
+                subject="file",
+                advice="the table of contents of the layer contradicts itself",
+            )
+
+    def discard(self, digest: bytes) -> None:
+        """Remove an object that turned out to be damaged."""
+        self._open.drop(digest)
+        _unlink_quietly(self.path(digest))
+
+    def close(self) -> None:
+        """Let go of all open files."""
+        self._open.clear()
+        with self._lock:
+            self._partials.clear()
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    written = os.pwrite(fd, data, offset)
+    if written == len(data):
+        return
+    view = memoryview(data)
+    while written < len(view):
+        written += os.pwrite(fd, view[written:], offset + written)
+
+
+def _unlink_quietly(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return
