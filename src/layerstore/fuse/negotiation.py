@@ -25,14 +25,15 @@ _U32: Final = 0xFFFFFFFF
 class SessionOptions:
     """What the server asks of the kernel.
 
-    ``readdirplus`` is ``"auto"`` (the kernel asks for attributes along with names where
-    they seem wanted), ``"always"`` or ``"never"``.  ``posix_acl`` makes the kernel fetch
+    ``readdirplus`` is ``"always"`` (listing a directory brings all attributes along: half
+    the work of a cold walk through a tree), ``"auto"`` (only where the kernel thinks they
+    are wanted) or ``"never"``.  ``posix_acl`` makes the kernel fetch
     and obey ACL xattrs, at one request per inode.  ``passthrough`` allows backing files
     (initial user namespace only) and needs an `open` handler.  ``allow_idmap`` permits
     idmapped mounts of the file system and needs the mount option default_permissions.
     """
 
-    readdirplus: str = "auto"
+    readdirplus: str = "always"
     posix_acl: bool = False
     allow_idmap: bool = False
     passthrough: bool = False
