@@ -35,9 +35,13 @@ XATTR_NAME_BYTES: Final = 255
 XATTRS_PER_FILE: Final = 1024
 XATTRS_BYTES_PER_FILE: Final = 1 * MIB
 FILE_BYTES: Final = 1 << 60
-CHUNK_BYTES: Final = 256 * MIB  # uncompressed bytes of one chunk: it is held in memory to be verified
+CHUNK_BYTES: Final = (
+    256 * MIB
+)  # uncompressed bytes of one chunk: it is held in memory to be verified
 MEMBER_BYTES: Final = 512 * MIB  # uncompressed bytes taken out of one gzip member
-MEMBER_SLACK_BYTES: Final = 64 * MIB  # headers and padding that may follow the last payload of a member
+MEMBER_SLACK_BYTES: Final = (
+    64 * MIB
+)  # headers and padding that may follow the last payload of a member
 INDEX_ENTRY_BITS: Final = 24  # entry number inside a layer, part of the node id
 TAR_EXTENDED_HEADER_BYTES: Final = 16 * MIB  # one PAX or GNU long name record
 
@@ -54,9 +58,15 @@ BACKOFF_MAX_SECONDS: Final = 10.0
 RETRY_AFTER_MAX_SECONDS: Final = 30.0
 CONNECTIONS_PER_HOST: Final = 8
 HELPER_SECONDS: Final = 10.0  # one run of a credential helper
+CONFIG_FILE_BYTES: Final = 4 * MIB  # one auth.json or registries.conf
+TOKENS: Final = 1024  # tokens, challenges and preferred endpoints remembered
+REDIRECT_SECONDS: Final = 60.0  # a blob's redirect target is used again this long
+REDIRECT_ENTRIES: Final = 4096
 
 # -- content and fetching --------------------------------------------------------
-TOC_TAIL_BYTES: Final = 512 * KIB  # first guess for footer and TOC in one request
+TOC_TAIL_MIN_BYTES: Final = 64 * KIB  # first guess for footer and TOC in one request: at least
+TOC_TAIL_MAX_BYTES: Final = 2 * MIB  # at most
+WHOLE_BLOB_BYTES: Final = 4 * MIB  # taken whole at a lookup where the registry ignores ranges
 FETCH_GAP_BYTES: Final = 64 * KIB  # unneeded bytes worth fetching to save a request
 PREFETCH_RANGE_BYTES: Final = 8 * MIB
 BACKGROUND_RANGE_BYTES: Final = 32 * MIB
@@ -82,9 +92,16 @@ RESOLVE_WORKERS: Final = 8
 REFRESH_SECONDS: Final = 10.0  # a reference is not resolved again sooner than this
 FAILURE_SECONDS: Final = 5.0  # a failed resolution is remembered this long at most
 TRANSIENT_NAMES: Final = 65_536  # reference and layer names remembered without a layer
-BLOB_WAITERS: Final = 64
 
 # -- file system -----------------------------------------------------------------
-READ_SECONDS_TOTAL: Final = 120.0  # a read is answered by then, with EIO if need be
+READ_ANSWER_SECONDS: Final = 120.0  # a read is answered by then, with EIO if need be
+BLOB_ANSWER_SECONDS: Final = 3600.0  # a read of `blob` waits for the whole blob
+RESOLVE_ANSWER_SECONDS: Final = RESOLVE_SECONDS + 2.0  # a lookup is answered by then, with ENOENT
+CONTROL_VALID_SECONDS: Final = 60  # the kernel keeps names of known references and layers so long
+IO_WORKERS: Final = 4  # threads that wait for the local disk
+IO_QUEUE: Final = 65_536
+READ_ERROR_LOG_SECONDS: Final = 10.0  # one line a file in this time
 CONTROL_REQUEST_BYTES: Final = 64 * KIB
+CONTROL_ANSWER_BYTES: Final = 64 * MIB
+CONTROL_CONNECTIONS: Final = 32
 CONTROL_SECONDS: Final = 10.0

@@ -304,11 +304,24 @@ class LayerContent:
         """Size of the compressed blob in bytes."""
         return self._blob.size
 
-    def keep_tail(self, tail: bytes) -> None:
-        """Store TOC and footer, which were read to resolve the layer (its last bytes)."""
-        offset, end = self._blob.extent(self._blob.units - 1)
-        if len(tail) >= end - offset and not self._blob.present[self._blob.units - 1]:
-            self._blob.store(self._blob.units - 1, tail[len(tail) - (end - offset) :])
+    def seed(self, end: bytes) -> None:
+        """Take over the last bytes of the blob, which were read to resolve the layer."""
+        start = self._blob.size - len(end)
+        view = memoryview(end)
+        for unit in range(self._blob.units - 1, -1, -1):
+            offset, stop = self._blob.extent(unit)
+            if offset < start:
+                return
+            if self._blob.present[unit]:
+                continue
+            data = view[offset - start : stop - start]
+            try:
+                if self._blob.is_member(unit):
+                    self._ingest(unit - 1, data)
+                self._blob.store(unit, data)
+            except ContentError as error:
+                # whoever reads it will fetch it anew and be told
+                _log.warning("layer %s: bytes read with the TOC are wrong: %s", self.name, error)
 
     # -- flights ---------------------------------------------------------------
 

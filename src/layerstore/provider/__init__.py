@@ -1,0 +1,10 @@
+"""The protocol of additional layer stores: names, dialects, info, use counts, state."""
+
+from layerstore.provider.info import Dialect
+from layerstore.provider.layers import Layer, Layers
+from layerstore.provider.refusal import Refusal
+from layerstore.provider.state import View
+from layerstore.provider.store import Store
+from layerstore.provider.workers import WorkerPool
+
+__all__ = ["Dialect", "Layer", "Layers", "Refusal", "Store", "View", "WorkerPool"]

@@ -1,0 +1,238 @@
+"""The layers that are served: index and contents, opened when first needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from layerstore import limits
+from layerstore.content import ContentStats, LayerContent, ObjectStore, Priority, Scheduler
+from layerstore.errors import (
+    AuthenticationError,
+    LayerstoreError,
+    NotFound,
+    RegistryError,
+    StorageError,
+)
+from layerstore.image import Reference
+from layerstore.layertree import LayerIndex
+from layerstore.provider.state import LayerRecord, State
+from layerstore.registry import BlobReader, RegistryClient
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """An open layer."""
+
+    record: LayerRecord
+    index: LayerIndex
+    content: LayerContent
+
+
+class Layers:
+    """Open layers by slot.  Thread-safe.
+
+    ``directory`` gives the directory of a slot.  ``prefetch`` and ``background``
+    say whether contents are fetched ahead of need and completed in the background.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        client: RegistryClient,
+        objects: ObjectStore,
+        scheduler: Scheduler,
+        directory: Callable[[int], Path],
+        *,
+        prefetch: bool = True,
+        background: bool = True,
+    ) -> None:
+        self.stats = ContentStats()
+        self._state = state
+        self._client = client
+        self._objects = objects
+        self._scheduler = scheduler
+        self._directory = directory
+        self._prefetch = prefetch
+        self._background = background
+        self._lock = threading.Lock()
+        self._open: dict[int, Layer] = {}
+        self._references: dict[int, list[Reference]] = {}
+        self._completing: set[int] = set()
+        for view in state.views():
+            if view.reference:
+                self.add_reference(view.slot, Reference.parse(view.reference))
+
+    def get(self, slot: int) -> Layer | None:
+        """The layer if it is open.  Never waits."""
+        return self._open.get(slot)
+
+    def open_layers(self) -> tuple[Layer, ...]:
+        """All open layers."""
+        with self._lock:
+            return tuple(self._open.values())
+
+    def add_reference(self, slot: int, reference: Reference) -> None:
+        """The blob of the layer can be fetched from this reference's repository, too."""
+        with self._lock:
+            known = self._references.setdefault(slot, [])
+            repositories = [one.name for one in known]
+            if reference.name in repositories:
+                del known[repositories.index(reference.name)]
+            known.insert(0, reference)
+
+    def open(self, slot: int) -> Layer:
+        """The layer of a slot, opened now if need be: waits for the disk.
+
+        Raises StorageError when its files are missing or damaged.
+        """
+        with self._lock:
+            layer = self._open.get(slot)
+            if layer is None:
+                record = self._state.layer(slot)
+                if record is None:
+                    raise StorageError(f"slot {slot} holds no layer")
+                layer = self._open_record(record)
+                self._open[slot] = layer
+        return layer
+
+    def _open_record(self, record: LayerRecord) -> Layer:
+        directory = self._directory(record.slot)
+        index = LayerIndex.open(directory / "index")
+        content = LayerContent(
+            record.blob_digest,
+            index,
+            directory / "blob",
+            digest=record.blob_digest.hex,
+            size=record.size,
+            toc_offset=record.toc_offset,
+            objects=self._objects,
+            scheduler=self._scheduler,
+            source=lambda offset, length: self._read_blob(record, offset, length),
+            stats=self.stats,
+            verified=self._state.is_complete(record.slot),
+        )
+        end = directory / "end"
+        try:
+            content.seed(end.read_bytes())
+            end.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StorageError(f"cannot read: {error.strerror}", subject=str(end)) from error
+        return Layer(record, index, content)
+
+    def _read_blob(self, record: LayerRecord, offset: int, length: int) -> BlobReader:
+        with self._lock:
+            references = list(self._references.get(record.slot, ()))
+        failure: RegistryError = NotFound(
+            "no reference is known for this layer", subject=record.blob_digest
+        )
+        for reference in references:
+            try:
+                return self._client.open_blob(
+                    reference, record.blob_digest, offset=offset, length=length, size=record.size
+                )
+            except (NotFound, AuthenticationError) as error:
+                failure = error
+        raise failure
+
+    # -- ahead of need -------------------------------------------------------------
+
+    def start(self, slot: int) -> None:
+        """A client took the layer: fetch what it will need first, then all of it."""
+        layer = self.open(slot)
+        if self._prefetch and layer.index.landmark:
+            layer.content.prefetch(layer.index.landmark)
+        self.complete(slot)
+
+    def complete(self, slot: int) -> None:
+        """Fetch the whole layer in the background, unless it is complete."""
+        if not self._background or self._state.is_complete(slot):
+            return
+        with self._lock:
+            if slot in self._completing:
+                return
+            self._completing.add(slot)
+        self._queue_step(slot, limits.BACKGROUND_RETRY_SECONDS)
+
+    def resume(self) -> None:
+        """After a start: go on completing layers that clients use."""
+        for slot in sorted({view.slot for view in self._state.views()}):
+            self.complete(slot)
+
+    def _queue_step(self, slot: int, retry: float) -> None:
+        self._scheduler.submit(Priority.BACKGROUND, lambda: self._step(slot, retry))
+
+    def _step(self, slot: int, retry: float) -> None:
+        try:
+            more = self.open(slot).content.complete_step()
+        except LayerstoreError as error:
+            _log.warning(
+                "event=background-fetch-failed layer=%d retry_seconds=%.0f error=%s",
+                slot, retry, error,
+            )  # fmt: skip
+            again = min(retry * 2, limits.BACKGROUND_RETRY_MAX_SECONDS)
+            timer = threading.Timer(retry, self._queue_step, (slot, again))
+            timer.daemon = True
+            timer.start()
+            return
+        if more:
+            self._queue_step(slot, limits.BACKGROUND_RETRY_SECONDS)
+            return
+        with self._lock:
+            self._completing.discard(slot)
+        self.mark_complete(slot)
+
+    def mark_complete(self, slot: int) -> None:
+        """Remember that the layer needs no registry any more."""
+        if not self._state.is_complete(slot):
+            self._state.set_complete(slot)
+            record = self._state.layer(slot)
+            _log.info("event=layer-complete layer=%s", record and record.blob_digest)
+
+    def status(self) -> list[dict[str, object]]:
+        """One report a known layer, for ``layerstore status``."""
+        names: dict[int, list[str]] = {}
+        uses: dict[int, int] = {}
+        for view in self._state.views():
+            names.setdefault(view.slot, []).append(view.reference)
+            uses[view.slot] = uses.get(view.slot, 0) + self._state.uses(view.key)
+        report: list[dict[str, object]] = []
+        for record in self._state.layers():
+            layer = self.get(record.slot)
+            complete = self._state.is_complete(record.slot)
+            stored = record.size if complete else 0
+            report.append(
+                {
+                    "slot": record.slot,
+                    "digest": record.blob_digest,
+                    "toc_digest": record.toc_digest,
+                    "references": sorted({name for name in names.get(record.slot, ()) if name}),
+                    "uses": uses.get(record.slot, 0),
+                    "complete": complete,
+                    "total_bytes": record.size,
+                    "stored_bytes": layer.content.stored_bytes if layer else stored,
+                    "needed_bytes": layer.content.stats.needed_bytes if layer else 0,
+                    "fetched_bytes": layer.content.stats.fetched_bytes if layer else 0,
+                    "refused_units": layer.content.stats.failed_units if layer else 0,
+                    "files": layer.index.files if layer else None,
+                    "opened": layer is not None,
+                }
+            )
+        return report
+
+    def close(self) -> None:
+        """Close all indexes."""
+        deadline = time.monotonic() + 1
+        with self._lock:
+            layers, self._open = list(self._open.values()), {}
+        for layer in layers:
+            if time.monotonic() < deadline:
+                layer.index.close()

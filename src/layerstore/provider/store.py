@@ -1,0 +1,280 @@
+"""The additional layer store as a client sees it, without a file system.
+
+`Store` answers what the file system asks: is this layer known, resolve it, count
+a use.  What is known is answered from memory; everything else is handed to
+workers and answered through a callback, with a `View` or with a `Refusal`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from layerstore import limits
+from layerstore.content import ObjectStore, Scheduler
+from layerstore.errors import LayerstoreError, StorageError
+from layerstore.image import Descriptor, Digest, uncompressed_size
+from layerstore.provider import names
+from layerstore.provider.images import Images, Match
+from layerstore.provider.info import Dialect, layer_info, toc_info
+from layerstore.provider.layers import Layers
+from layerstore.provider.loader import Loader, announced_toc
+from layerstore.provider.refusal import BUSY, NO_SIZE, Refusal
+from layerstore.provider.state import State, View
+from layerstore.provider.workers import WorkerPool
+from layerstore.registry import RegistryClient
+
+_log = logging.getLogger(__name__)
+
+Answer = Callable[[View | Refusal], None]
+
+
+class Store:
+    """A store with its state below ``root``.  Thread-safe."""
+
+    def __init__(
+        self,
+        root: Path,
+        client: RegistryClient,
+        *,
+        prefetch: bool = True,
+        background: bool = True,
+    ) -> None:
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
+        self._client = client
+        self._state = State(root / "state.sqlite")
+        self._images = Images(self._state, client)
+        self._loader = Loader(root / "layers", self._state, client)
+        self._scheduler = Scheduler()
+        self._objects = ObjectStore(root / "content")
+        self.layers = Layers(
+            self._state,
+            client,
+            self._objects,
+            self._scheduler,
+            self._loader.directory,
+            prefetch=prefetch,
+            background=background,
+        )
+        self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
+        self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
+        self._lock = threading.Lock()
+        self._lookups: Counter[str] = Counter()
+        self._pending: dict[int, list[Answer]] = {}
+        self._refused: OrderedDict[int, tuple[float, Refusal]] = OrderedDict()
+        self._uses_changed: set[int] = set()
+        self._uses_wanted = threading.Event()
+        self._closed = False
+        self._writer = threading.Thread(target=self._write_uses, name="uses", daemon=True)
+        self._writer.start()
+        self.layers.resume()
+
+    # -- lookups ---------------------------------------------------------------------
+
+    def known(self, reference: str, name: Digest) -> View | None:
+        """The view, if it was resolved before.  Never waits."""
+        return self._state.view(names.name_hash(reference, name))
+
+    def view(self, key: int) -> View | None:
+        """The view with this name hash.  Never waits."""
+        return self._state.view(key)
+
+    def views_of(self, key: int) -> tuple[View, ...]:
+        """The views of the reference with this name hash.  Never waits."""
+        return self._state.views_of(key)
+
+    def blob_size(self, view: View) -> int:
+        """Size in bytes of the compressed layer."""
+        record = self._state.layer(view.slot)
+        return record.size if record else 0
+
+    def references(self) -> tuple[str, ...]:
+        """References with at least one view, sorted."""
+        return tuple(sorted({view.reference for view in self._state.views() if view.reference}))
+
+    def resolve(self, reference: str, name: Digest, answer: Answer) -> None:
+        """Find out about a layer; ``answer`` is called once, perhaps at once.
+
+        ``reference`` is empty for a store configured without ``:ref``.
+        """
+        key = names.name_hash(reference, name)
+        known = self._state.view(key)
+        if known is not None:
+            self._count("known")
+            answer(known)
+            return
+        with self._lock:
+            when, refusal = self._refused.get(key, (0.0, None))
+            if refusal is not None and time.monotonic() - when < limits.FAILURE_SECONDS:
+                self._lookups[refusal.reason] += 1
+            else:
+                refusal = None
+                waiting = self._pending.get(key)
+                if waiting is not None:
+                    waiting.append(answer)
+                    return
+                self._pending[key] = [answer]
+        if refusal is not None:
+            answer(refusal)
+            return
+        deadline = time.monotonic() + limits.RESOLVE_SECONDS
+        if not self._resolvers.submit(lambda: self._resolve(key, reference, name, deadline)):
+            self._answer(key, reference, name, Refusal(BUSY, "too many lookups are waiting"))
+
+    def _resolve(self, key: int, reference: str, name: Digest, deadline: float) -> None:
+        result: View | Refusal
+        try:
+            if time.monotonic() > deadline:
+                raise Refusal(BUSY, "the lookup waited too long for a worker")
+            result = self._find(reference, name, deadline)
+        except LayerstoreError as error:
+            result = Refusal.of(error)
+        except Exception:
+            _log.exception("lookup of %s in %s failed", name, reference)
+            result = Refusal("internal", "unexpected failure, see the log")
+        self._answer(key, reference, name, result)
+
+    def _answer(self, key: int, reference: str, name: Digest, result: View | Refusal) -> None:
+        with self._lock:
+            waiting = self._pending.pop(key, [])
+            if isinstance(result, Refusal):
+                self._lookups[result.reason] += len(waiting)
+                self._refused[key] = (time.monotonic(), result)
+                self._refused.move_to_end(key)
+                while len(self._refused) > limits.RESOLVE_QUEUE:
+                    self._refused.popitem(last=False)
+            else:
+                self._lookups["resolved"] += len(waiting)
+        if isinstance(result, Refusal):
+            _log.warning(
+                "event=lookup-refused reason=%s reference=%s layer=%s detail=%s",
+                result.reason, reference or "-", name, result,
+            )  # fmt: skip
+        for answer in waiting:
+            answer(result)
+
+    def _find(self, reference: str, name: Digest, deadline: float) -> View:
+        match = (
+            self._images.find(reference, name, deadline)
+            if reference
+            else self._images.find_anywhere(name, deadline)
+        )
+        announced_toc(match.descriptor)
+        self._load_others(match, deadline)
+        diff_id = self._images.diff_id(match, deadline)
+        record = self._loader.load(match.reference, match.descriptor, deadline)
+        self.layers.add_reference(record.slot, match.reference)
+        self.layers.open(record.slot)
+        if match.dialect is Dialect.TOC:
+            info = toc_info(
+                toc_digest=record.toc_digest, diff_id=diff_id, compressed_size=record.size
+            )
+        else:
+            diff_size = uncompressed_size(match.descriptor.annotations)
+            if diff_size is None:
+                raise Refusal(NO_SIZE, "the manifest does not tell the layer's uncompressed size")
+            info = layer_info(
+                diff_id=diff_id,
+                diff_size=diff_size,
+                compressed_size=record.size,
+                verified_digest=(
+                    record.blob_digest if self._state.is_complete(record.slot) else None
+                ),
+            )
+        view = self._state.add_view(reference, name, match.dialect, record.slot, info)
+        _log.info(
+            "event=lookup-resolved reference=%s layer=%s dialect=%s slot=%d",
+            reference or "-", name, match.dialect.value, record.slot,
+        )  # fmt: skip
+        self.layers.start(record.slot)
+        return view
+
+    def _load_others(self, match: Match, deadline: float) -> None:
+        """Load the TOCs of the image's other layers meanwhile: their lookups follow."""
+        for number, descriptor in enumerate(match.manifest.layers):
+            if number == match.number:
+                continue
+            try:
+                toc = announced_toc(descriptor)
+            except LayerstoreError:
+                continue
+            if self._state.find_layer(descriptor.digest, toc) is None:
+                self._loaders.submit(partial(self._load_ahead, match, descriptor, deadline))
+
+    def _load_ahead(self, match: Match, descriptor: Descriptor, deadline: float) -> None:
+        try:
+            self._loader.load(match.reference, descriptor, deadline)
+        except LayerstoreError as error:
+            # its own lookup, if one comes, tries again and gives the reason
+            _log.debug("TOC of %s was not loaded ahead: %s", descriptor.digest, error)
+
+    def _count(self, result: str) -> None:
+        with self._lock:
+            self._lookups[result] += 1
+
+    def count_lookup(self, result: str) -> None:
+        """Count a lookup that was answered elsewhere, by its result or reason."""
+        self._count(result)
+
+    # -- use counts ---------------------------------------------------------------------
+
+    def use(self, view: View) -> None:
+        """A client says that it uses the layer."""
+        self._change_use(view, 1)
+
+    def release(self, view: View) -> None:
+        """A client says that it no longer uses the layer."""
+        self._change_use(view, -1)
+
+    def _change_use(self, view: View, change: int) -> None:
+        self._state.count_use(view.key, change)
+        self._uses_changed.add(view.key)
+        self._uses_wanted.set()
+
+    def _write_uses(self) -> None:
+        while not self._closed:
+            self._uses_wanted.wait()
+            self._uses_wanted.clear()
+            self._save_uses()
+
+    def _save_uses(self) -> None:
+        changed, self._uses_changed = self._uses_changed, set()
+        try:
+            self._state.save_uses(changed)
+        except LayerstoreError as error:
+            _log.error("event=uses-not-saved error=%s", error)
+            self._uses_changed |= changed
+
+    # -- report and end --------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """Everything that ``layerstore status`` shows."""
+        with self._lock:
+            lookups = dict(self._lookups)
+        return {
+            "lookups": lookups,
+            "layers": self.layers.status(),
+            "content": self.layers.stats.as_dict(),
+            "registry": self._client.stats.as_dict(),
+        }
+
+    def close(self) -> None:
+        """Stop fetching, write what is not written yet, close the files."""
+        self._closed = True
+        self._uses_wanted.set()
+        self._resolvers.close()
+        self._loaders.close()
+        self._scheduler.close()
+        self._writer.join(2)
+        self._save_uses()
+        self.layers.close()
+        self._objects.close()
+        self._state.close()

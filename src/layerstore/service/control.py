@@ -1,0 +1,153 @@
+"""The control socket: one JSON line as request, one JSON line as answer.
+
+The socket lies in the store's private root directory (0700), is itself 0600, and
+only root and the user who runs the service are answered (SO_PEERCRED).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from layerstore import limits
+from layerstore.errors import ServiceError
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[], Mapping[str, object]]
+
+SOCKET_NAME = "control.sock"
+_PEER = struct.Struct("3i")
+
+
+class ControlServer:
+    """Answers requests by method name, each connection in a thread of its own."""
+
+    def __init__(self, root: Path, handlers: Mapping[str, Handler]) -> None:
+        self._path = root / SOCKET_NAME
+        self._handlers = handlers
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._slots = threading.Semaphore(limits.CONTROL_CONNECTIONS)
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        try:
+            with _address(root) as address:
+                before = os.umask(0o177)
+                try:
+                    self._socket.bind(address)
+                finally:
+                    os.umask(before)
+            self._socket.listen(16)
+        except OSError as error:
+            raise ServiceError(
+                f"cannot listen: {error.strerror}", subject=str(self._path)
+            ) from error
+        self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            if not self._slots.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                connection.settimeout(limits.CONTROL_SECONDS)
+                connection.sendall(msgspec.json.encode(self._answer(connection)) + b"\n")
+        except OSError as error:
+            _log.debug("control connection broke: %s", error)
+        finally:
+            self._slots.release()
+
+    def _answer(self, connection: socket.socket) -> Mapping[str, object]:
+        _, uid, _ = _PEER.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        )
+        if uid not in (0, os.geteuid()):
+            return {"error": "only root and the owner of the service may ask"}
+        try:
+            request = msgspec.json.decode(_read_line(connection), type=dict[str, Any])
+            handler = self._handlers[request["method"]]
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            return {"error": "unknown request"}
+        try:
+            return handler()
+        except Exception as error:
+            _log.exception("control request failed")
+            return {"error": f"the request failed: {error}"}
+
+
+def request(root: Path, method: str) -> dict[str, Any]:
+    """Ask the service whose root directory is ``root``.
+
+    Raises ServiceError if it does not run, does not answer or refuses.
+    """
+    path = root / SOCKET_NAME
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(limits.CONTROL_SECONDS)
+        try:
+            with _address(root) as address:
+                connection.connect(address)
+            connection.sendall(msgspec.json.encode({"method": method}) + b"\n")
+            raw = _read_line(connection, limits.CONTROL_ANSWER_BYTES)
+        except PermissionError as error:
+            raise ServiceError(
+                "permission denied", subject=str(path), advice="run it as the service's user"
+            ) from error
+        except OSError as error:
+            raise ServiceError(
+                "no service answers here",
+                subject=str(path),
+                advice="start one with `layerstore serve`, or name its --root",
+            ) from error
+    try:
+        answer = msgspec.json.decode(raw, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise ServiceError("the service's answer makes no sense", subject=str(path)) from error
+    if "error" in answer:
+        raise ServiceError(str(answer["error"]), subject=str(path))
+    return answer
+
+
+def _read_line(connection: socket.socket, most: int = limits.CONTROL_REQUEST_BYTES) -> bytes:
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        piece = connection.recv(65536)
+        if not piece or len(data) > most:
+            break
+        data += piece
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def _address(root: Path) -> Iterator[str]:
+    """The socket's path, short enough for any root: sun_path holds only 107 bytes."""
+    descriptor = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
+    finally:
+        os.close(descriptor)

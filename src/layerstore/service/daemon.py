@@ -1,0 +1,137 @@
+"""The service: mounts the store, runs the request loop, ends cleanly.
+
+SIGTERM and SIGINT unmount lazily and leave the plain directory: Podman demands
+that every configured store is a directory, and works without us then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from layerstore import __version__, fuse
+from layerstore.errors import MountError, ServiceError, StorageError
+from layerstore.fuse.layerstore_fs import StoreFilesystem
+from layerstore.provider import Store
+from layerstore.registry import RegistryClient, RegistrySettings
+from layerstore.service.config import Config
+from layerstore.service.control import ControlServer
+
+_log = logging.getLogger(__name__)
+
+# Worker threads that run Python code give way to the loop this often.
+_SWITCH_SECONDS: Final = 0.0005
+
+
+def serve(mountpoint: Path, root: Path, config: Config) -> None:
+    """Serve the store on ``mountpoint`` until a signal or an unmount ends it.
+
+    Raises ServiceError if another service uses ``root``, MountError, StorageError
+    and ConfigError.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    _make_directories(mountpoint, root)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(root))
+        client = RegistryClient(
+            RegistrySettings.from_system(
+                authfile=config.registry.authfile, registries_conf=config.registry.registries_conf
+            )
+        )
+        stack.callback(client.close)
+        store = Store(root, client, prefetch=config.prefetch, background=config.background_fetch)
+        stack.callback(store.close)
+        filesystem = StoreFilesystem(store)
+        stack.callback(filesystem.close)
+        _run(mountpoint, root, store, filesystem, stack)
+    _log.info("event=stopped mountpoint=%s", mountpoint)
+
+
+def _run(
+    mountpoint: Path,
+    root: Path,
+    store: Store,
+    filesystem: StoreFilesystem,
+    stack: contextlib.ExitStack,
+) -> None:
+    descriptor = fuse.mount(mountpoint)
+    stack.callback(os.close, descriptor)
+    stack.callback(_unmount, mountpoint)
+    session = fuse.Session(descriptor, filesystem, options=fuse.SessionOptions(posix_acl=True))
+    stack.callback(session.close)
+    # a server that takes the mount over later needs to know what was agreed
+    negotiated = session.handshake()
+    (root / "session.json").write_text(negotiated.to_json())
+    fuse.set_read_ahead(mountpoint)
+    started = time.time()
+
+    def status() -> Mapping[str, object]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "mountpoint": str(mountpoint),
+            "root": str(root),
+            "uptime_seconds": round(time.time() - started, 1),
+            "read_errors": filesystem.read_errors,
+            "fuse": session.statistics(),
+            **store.status(),
+        }
+
+    control = ControlServer(root, {"status": status})
+    stack.callback(control.close)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        session.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    gc.collect()
+    gc.freeze()
+    _log.info("event=serving mountpoint=%s root=%s pid=%d", mountpoint, root, os.getpid())
+    ended = session.run()
+    _log.info("event=stopping reason=%s", ended.value)
+
+
+def _make_directories(mountpoint: Path, root: Path) -> None:
+    if mountpoint.is_relative_to(root / "content") or root.is_relative_to(mountpoint):
+        raise ServiceError("root directory and mount point lie in each other's way")
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
+    if fuse.find_mount(mountpoint) is not None:
+        return  # fuse.mount decides what to do about it
+    try:
+        mountpoint.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MountError(f"cannot create: {error.strerror}", subject=str(mountpoint)) from error
+
+
+def _unmount(mountpoint: Path) -> None:
+    try:
+        fuse.unmount(mountpoint)
+    except MountError as error:
+        _log.error("event=unmount-failed error=%s", error)
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the root directory's lock, so that two services never share it."""
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ServiceError(
+                "another layerstore service uses this root directory", subject=str(root)
+            ) from error
+        yield
