@@ -66,7 +66,7 @@ class FileContent(Protocol):
     @property
     def first_chunk(self) -> int: ...
     @property
-    def chunks(self) -> int: ...
+    def chunk_count(self) -> int: ...
 
 
 class LayerMap(Protocol):
@@ -78,6 +78,7 @@ class LayerMap(Protocol):
     def member_chunks(self, number: int) -> Sequence[int]: ...
     def chunk(self, number: int) -> Chunk: ...
     def chunk_owner(self, number: int) -> int: ...
+    def chunks_between(self, entry: int, offset: int, end: int) -> Sequence[int]: ...
     def content(self, entry: int) -> FileContent | None: ...
 
 
@@ -130,7 +131,7 @@ class LayerContent:
         if content is None or offset >= content.size or size <= 0:
             return b""
         size = min(size, content.size - offset)
-        file = self._stored(content, offset, size)
+        file = self._stored(entry, content, offset, size)
         return None if file is None else file.read_cached(offset, size)
 
     def read_stored(self, entry: int, offset: int, size: int) -> bytes | None:
@@ -139,7 +140,7 @@ class LayerContent:
         if content is None or offset >= content.size or size <= 0:
             return b""
         size = min(size, content.size - offset)
-        file = self._stored(content, offset, size)
+        file = self._stored(entry, content, offset, size)
         if file is None:
             return None
         data = file.read(offset, size)
@@ -162,8 +163,8 @@ class LayerContent:
             return None
         return self._blob.file.read(offset, max(0, min(size, self._blob.size - offset)))
 
-    def _stored(self, content: FileContent, offset: int, size: int) -> OpenFile | None:
-        if content.chunks == 1:
+    def _stored(self, entry: int, content: FileContent, offset: int, size: int) -> OpenFile | None:
+        if content.chunk_count == 1:
             self._touch(content.first_chunk)
             return self._objects.open(content.key)
         if content.key in self._contradictory:
@@ -174,9 +175,9 @@ class LayerContent:
             if complete is not None:
                 return complete
         partial = partial or self._objects.partial(
-            content.key, content.size, content.chunks, create=False
+            content.key, content.size, content.chunk_count, create=False
         )
-        if partial is not None and not self._missing_chunks(content, partial, offset, size):
+        if partial is not None and not self._missing_chunks(entry, content, partial, offset, size):
             return partial.file
         return None
 
@@ -190,24 +191,19 @@ class LayerContent:
             self._totals.needed(end - offset)
 
     def _missing_chunks(
-        self, content: FileContent, partial: PartialObject | None, offset: int, size: int
+        self,
+        entry: int,
+        content: FileContent,
+        partial: PartialObject | None,
+        offset: int,
+        size: int,
     ) -> list[int]:
         """Chunk numbers of the range that are not in the partial object."""
-        first, count = content.first_chunk, content.chunks
-        low, high = 0, count - 1
-        while low < high:  # the last chunk that begins at or before offset
-            middle = (low + high + 1) // 2
-            if self._map.chunk(first + middle).file_offset <= offset:
-                low = middle
-            else:
-                high = middle - 1
         missing = []
-        for number in range(low, count):
-            if self._map.chunk(first + number).file_offset >= offset + size:
-                break
-            self._touch(first + number)
-            if partial is None or not partial.present[number]:
-                missing.append(first + number)
+        for number in self._map.chunks_between(entry, offset, offset + size):
+            self._touch(number)
+            if partial is None or not partial.present[number - content.first_chunk]:
+                missing.append(number)
         return missing
 
     # -- fetching --------------------------------------------------------------
@@ -219,15 +215,15 @@ class LayerContent:
             done(None)
             return
         size = min(size, content.size - offset)
-        if self._stored(content, offset, size) is not None:
+        if self._stored(entry, content, offset, size) is not None:
             done(None)
             return
         partial = (
-            self._objects.partial(content.key, content.size, content.chunks, create=False)
-            if content.chunks > 1
+            self._objects.partial(content.key, content.size, content.chunk_count, create=False)
+            if content.chunk_count > 1
             else None
         )
-        chunks = self._missing_chunks(content, partial, offset, size)
+        chunks = self._missing_chunks(entry, content, partial, offset, size)
         units = sorted({self._map.chunk(number).member + 1 for number in chunks})
         self._demand(units, done)
 
@@ -479,12 +475,12 @@ class LayerContent:
         content = self._map.content(self._map.chunk_owner(number))
         if content is None:
             return
-        if content.chunks == 1:
+        if content.chunk_count == 1:
             self._objects.put(content.key, payload)
             return
         if content.digest and self._objects.has(content.digest):
             return
-        partial = self._objects.partial(content.key, content.size, content.chunks, create=True)
+        partial = self._objects.partial(content.key, content.size, content.chunk_count, create=True)
         if partial is None:
             return
         last = partial.write(number - content.first_chunk, chunk.file_offset, payload)

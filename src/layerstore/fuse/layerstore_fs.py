@@ -455,7 +455,7 @@ class StoreFilesystem(Operations):
             if len(self._logged) > limits.OPEN_OBJECTS:
                 self._logged.popitem(last=False)
             layer = self._layers.get(slot)
-            path = b"blob" if entry < 0 or layer is None else layer.index.path(entry)
+            path = b"blob" if entry < 0 or layer is None else _path_of(layer, entry)
             _log.error(
                 "event=read-failed reason=%s layer=%s file=%s error=%s",
                 getattr(error, "code", "storage"),
@@ -532,3 +532,8 @@ class StoreFilesystem(Operations):
         if not self._workers.submit(guarded):
             return errno.EAGAIN
         return deferred
+
+
+def _path_of(layer: Layer, entry: int) -> bytes:
+    """A path of an entry, for the log."""
+    return next((path for path, number in layer.index.walk() if number == entry), b"?")

@@ -263,7 +263,11 @@ class Store:
             "lookups": lookups,
             "layers": self.layers.status(),
             "content": self.layers.stats.as_dict(),
-            "registry": self._client.stats.as_dict(),
+            "registry": {
+                "requests": self._client.stats.requests,
+                "received_bytes": self._client.stats.bytes,
+                "retries": self._client.stats.retries,
+            },
         }
 
     def close(self) -> None:

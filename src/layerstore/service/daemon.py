@@ -45,7 +45,8 @@ def serve(mountpoint: Path, root: Path, config: Config) -> None:
         stack.enter_context(_locked(root))
         client = RegistryClient(
             RegistrySettings.from_system(
-                authfile=config.registry.authfile, registries_conf=config.registry.registries_conf
+                auth_file=_path(config.registry.authfile),
+                registries_conf=_path(config.registry.registries_conf),
             )
         )
         stack.callback(client.close)
@@ -115,6 +116,10 @@ def _make_directories(mountpoint: Path, root: Path) -> None:
         mountpoint.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MountError(f"cannot create: {error.strerror}", subject=str(mountpoint)) from error
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _unmount(mountpoint: Path) -> None:

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import threading
+import time
+
+from layerstore.content import Priority, Scheduler
+
+
+def wait_for(condition, seconds: float = 5.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_demand_finds_a_worker_while_prefetch_is_stuck():
+    scheduler = Scheduler(4, prefetch=2, background=1, quiet_seconds=0.01)
+    gate = threading.Event()
+    for _ in range(10):
+        scheduler.submit(Priority.PREFETCH, gate.wait)
+    served = threading.Event()
+    scheduler.submit(Priority.DEMAND, served.set)
+    assert served.wait(2)
+    gate.set()
+    scheduler.close()
+
+
+def test_background_rests_while_somebody_waits():
+    scheduler = Scheduler(4, prefetch=1, background=1, quiet_seconds=0.05)
+    gate = threading.Event()
+    scheduler.submit(Priority.DEMAND, gate.wait)
+    ran = threading.Event()
+    scheduler.submit(Priority.BACKGROUND, ran.set)
+    assert not ran.wait(0.3)
+    gate.set()
+    assert ran.wait(2)
+    scheduler.close()
+
+
+def test_a_failing_job_does_not_cost_a_worker():
+    scheduler = Scheduler(1, prefetch=1, background=1, quiet_seconds=0.01)
+
+    def fail() -> None:
+        raise RuntimeError("on purpose")
+
+    for _ in range(5):
+        scheduler.submit(Priority.DEMAND, fail)
+    served = threading.Event()
+    scheduler.submit(Priority.DEMAND, served.set)
+    assert served.wait(2)
+    scheduler.close()
+
+
+def test_give_way_ends_when_the_scheduler_closes():
+    scheduler = Scheduler(2, prefetch=1, background=1, quiet_seconds=60)
+    scheduler.submit(Priority.DEMAND, lambda: None)
+    results: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: results.append(scheduler.give_way(Priority.BACKGROUND))
+    )
+    assert wait_for(lambda: scheduler.busy)
+    thread.start()
+    scheduler.close()
+    thread.join(2)
+    assert results == [False]
