@@ -62,6 +62,7 @@ CONFIG_FILE_BYTES: Final = 4 * MIB  # one auth.json or registries.conf
 TOKENS: Final = 1024  # tokens, challenges and preferred endpoints remembered
 REDIRECT_SECONDS: Final = 60.0  # a blob's redirect target is used again this long
 REDIRECT_ENTRIES: Final = 4096
+ENDPOINT_REST_SECONDS: Final = 30.0  # a mirror that failed to answer is asked last for so long
 
 # -- content and fetching --------------------------------------------------------
 TOC_TAIL_MIN_BYTES: Final = 64 * KIB  # first guess for footer and TOC in one request: at least
