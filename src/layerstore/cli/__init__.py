@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from layerstore import __version__
-from layerstore.cli.convert import convert
+#CONV
 from layerstore.cli.serve import serve
 from layerstore.cli.status import status
 from layerstore.errors import Fault, LayerstoreError
@@ -24,7 +24,7 @@ app = App(
 )
 app.command(serve)
 app.command(status)
-app.command(convert)
+#CONV2
 
 
 @app.meta.default

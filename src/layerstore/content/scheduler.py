@@ -65,6 +65,10 @@ class Scheduler:
                 self._last_demand = time.monotonic()
             self._condition.notify()
 
+    def expect_demand(self) -> None:
+        """A client is about to read: background work rests for a while."""
+        self._last_demand = time.monotonic()
+
     def give_way(self, priority: Priority) -> bool:
         """Called between pieces of work: wait while more urgent work goes on.
 

@@ -43,7 +43,7 @@ def layer_info(
         "diff-size": diff_size,
         "compression": _GZIP,
     }
-    return msgspec.json.encode(info)
+    return msgspec.json.encode(info, enc_hook=str)
 
 
 def toc_info(*, toc_digest: Digest, diff_id: Digest, compressed_size: int) -> bytes:
@@ -55,5 +55,6 @@ def toc_info(*, toc_digest: Digest, diff_id: Digest, compressed_size: int) -> by
             "compression": _GZIP,
             "toc-digest": toc_digest,
             "flags": {"expected-layer-diffid": diff_id},
-        }
+        },
+        enc_hook=str,
     )

@@ -148,6 +148,7 @@ class Layers:
     def start(self, slot: int) -> None:
         """A client took the layer: fetch what it will need first, then all of it."""
         layer = self.open(slot)
+        self._scheduler.expect_demand()
         if self._prefetch and layer.index.landmark:
             layer.content.prefetch(layer.index.landmark)
         self.complete(slot)

@@ -77,7 +77,8 @@ class ControlServer:
         try:
             with connection:
                 connection.settimeout(limits.CONTROL_SECONDS)
-                connection.sendall(msgspec.json.encode(self._answer(connection)) + b"\n")
+                answer = msgspec.json.encode(self._answer(connection), enc_hook=str)
+                connection.sendall(answer + b"\n")
         except OSError as error:
             _log.debug("control connection broke: %s", error)
         finally:

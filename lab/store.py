@@ -1,0 +1,141 @@
+"""A running `layerstore serve`, as tests, demonstration and benchmarks use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+START_SECONDS: Final = 20.0
+STOP_SECONDS: Final = 20.0
+
+
+class ServiceStartError(RuntimeError):
+    """The service ended or did not mount in time; the message carries its log."""
+
+
+class LayerstoreService:
+    """`layerstore serve` on ``directory/store`` with its state in ``directory/state``.
+
+    ``environment`` replaces os.environ for it (registries.conf, auth.json ...);
+    ``config`` is the text of its configuration file.  A context manager: stops the
+    process (by pid) at the end and makes sure that nothing stays mounted.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        config: str = "",
+    ) -> None:
+        self.directory: Final = directory.absolute()
+        self.mountpoint: Final = self.directory / "store"
+        self.root: Final = self.directory / "state"
+        self.log_file: Final = self.directory / "log"
+        self._config: Final = self.directory / "config.toml"
+        self._environment = dict(os.environ if environment is None else environment)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._config.write_text(config)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running service."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        with self.log_file.open("ab") as log:
+            start = log.tell()
+            self._process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "layerstore.cli", "serve", str(self.mountpoint),
+                    "--root", str(self.root), "--config", str(self._config),
+                ],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with self.log_file.open() as text:
+                text.seek(start)
+                if "event=serving" in text.read():
+                    return
+            time.sleep(0.02)
+        self.stop()
+        raise ServiceStartError(self.log())
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it with a signal; its exit status."""
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        try:
+            status = self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._process = None
+        return status
+
+    def log(self) -> str:
+        """Everything it logged."""
+        return self.log_file.read_text(errors="replace")
+
+    def status(self) -> dict[str, Any]:
+        """`layerstore status --json`."""
+        result = subprocess.run(
+            [sys.executable, "-m", "layerstore.cli", "status", "--json", "--root", str(self.root)],
+            env=self._environment,
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        answer: dict[str, Any] = json.loads(result.stdout)
+        return answer
+
+    def wait_complete(self, seconds: float = 120.0) -> None:
+        """Wait until every layer that a client took is complete."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            layers = self.status()["layers"]
+            if layers and all(layer["complete"] for layer in layers if layer["references"]):
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"layers were not completed in {seconds} s:\n{self.log()}")
+
+    def cpu_seconds(self) -> float:
+        """User and system time that it has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def rss_bytes(self) -> int:
+        """Resident memory."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        subprocess.run(["umount", "-l", str(self.mountpoint)], capture_output=True, check=False)

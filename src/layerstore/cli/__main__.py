@@ -1,0 +1,5 @@
+"""``python -m layerstore.cli``."""
+
+from layerstore.cli import main
+
+main()
