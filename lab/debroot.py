@@ -28,6 +28,7 @@ NUMERIC: Final = ("libopenblas0-pthread", "python3-pandas", "python3-scipy")
 
 _MERGED: Final = ("bin", "lib", "lib64", "sbin")
 _LIBRARIES: Final = "usr/lib/x86_64-linux-gnu"
+_GREAT_ARCHIVE: Final = 10_000_000
 _BLAS: Final = ("libblas.so.3", "liblapack.so.3", "libopenblas.so.0")
 _HELLO: Final = b'''\
 """One line that needs NumPy and pandas to have been read."""
@@ -120,6 +121,10 @@ def _python_step(root: Path) -> None:
 
 
 def _numeric_step(root: Path) -> None:
+    # As an image build would: nothing is linked statically here, and these are 80 MB.
+    for archive in (root / "usr/lib").rglob("*.a"):
+        if archive.stat().st_size > _GREAT_ARCHIVE:
+            archive.unlink()
     provider = "openblas-pthread"
     for name in _BLAS:
         link = root / _LIBRARIES / name
