@@ -246,10 +246,10 @@ class Tree:
         found = self._known.get(path)
         if found is not None:
             return found
+        if _never_shown(path):
+            return _DROPPED
         node = ROOT
         for part in path.split(b"/") if path else ():
-            if self._is_dropped(node, part):
-                return _DROPPED
             check_component(part, subject)
             number = self.table.number(node, part)
             child = self.table.targets[number]
@@ -271,11 +271,8 @@ class Tree:
         found = self._known.get(path)
         if found is not None:
             return found
-        node = ROOT
-        for part in path.split(b"/"):
-            if self._is_dropped(node, part):
-                node = _DROPPED
-                break
+        node = _DROPPED if _never_shown(path) else ROOT
+        for part in path.split(b"/") if node == ROOT else ():
             check_component(part, subject)
             number = self.table.number(node, part)
             child = self.table.targets[number]
@@ -290,10 +287,6 @@ class Tree:
             self._known.clear()
         self._known[path] = node
         return node
-
-    @staticmethod
-    def _is_dropped(directory: int, name: bytes) -> bool:
-        return name.startswith(WHITEOUT_PREFIX) or (directory == ROOT and name in HIDDEN_IN_ROOT)
 
     def find(self, path: bytes) -> int:
         """The node at a cleaned path, NONE where there is nothing or only a whiteout."""
@@ -400,3 +393,12 @@ class Tree:
             at = self._file * RECORD_BYTES
             fields = RECORD.unpack_from(self.records, at)
             RECORD.pack_into(self.records, at, *fields[:9], first, count, extra, flags, 0)
+
+
+def _never_shown(path: bytes) -> bool:
+    """Whether a directory path has a component that is not part of the tree."""
+    return (
+        path.startswith(WHITEOUT_PREFIX)
+        or b"/" + WHITEOUT_PREFIX in path
+        or path.partition(b"/")[0] in HIDDEN_IN_ROOT
+    )
