@@ -1,7 +1,8 @@
 """Verified bytes on local disk: objects by digest, partial objects, fetch scheduling."""
 
 from layerstore.content.files import OpenFile
-from layerstore.content.layer import LayerContent, LayerMap
+from layerstore.content.layer import LayerContent
+from layerstore.content.layermap import LayerMap
 from layerstore.content.objects import ObjectStore
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
