@@ -416,7 +416,9 @@ class Host:
                 )
             manager = self._managers.get(proxy)
             if manager is None:
-                manager = self._managers[proxy] = _make_manager(proxy, self._context)
+                manager = self._managers[proxy] = _make_manager(
+                    proxy, self._context, insecure=self.insecure
+                )
             return manager
 
     def _base(self, deadline: float | None) -> str:
@@ -448,10 +450,34 @@ class Host:
         raise _PassingError(NetworkError("; ".join(failures), subject=self.name))
 
 
-def _make_manager(proxy: str | None, context: ssl.SSLContext) -> urllib3.PoolManager:
-    if proxy is None:
-        return urllib3.PoolManager(maxsize=limits.CONNECTIONS_PER_HOST, ssl_context=context)
-    return urllib3.ProxyManager(proxy, maxsize=limits.CONNECTIONS_PER_HOST, ssl_context=context)
+class _UncheckedConnection(urllib3.connection.HTTPSConnection):
+    """TLS to an insecure registry, without urllib3's warning for each connection.
+
+    That the certificate is not checked is the administrator's decision.
+    """
+
+    def connect(self) -> None:
+        super().connect()
+        self.is_verified = True
+
+
+class _UncheckedPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _UncheckedConnection
+
+
+def _make_manager(
+    proxy: str | None, context: ssl.SSLContext, *, insecure: bool
+) -> urllib3.PoolManager:
+    count = limits.CONNECTIONS_PER_HOST
+    manager = (
+        urllib3.PoolManager(maxsize=count, ssl_context=context)
+        if proxy is None
+        else urllib3.ProxyManager(proxy, maxsize=count, ssl_context=context)
+    )
+    if insecure:
+        pools = {"http": urllib3.HTTPConnectionPool, "https": _UncheckedPool}
+        manager.pool_classes_by_scheme = pools
+    return manager
 
 
 def _tls_advice(error: BaseException) -> str | None:
