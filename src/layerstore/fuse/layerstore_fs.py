@@ -8,25 +8,22 @@ is deferred to a worker, to the resolver or to the fetch scheduler.
 from __future__ import annotations
 
 import errno
-import functools
-import logging
 import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from layerstore import limits
-from layerstore.errors import InvalidDigest, InvalidReference, LayerstoreError, LimitExceeded
+from layerstore.errors import InvalidDigest, InvalidReference, LimitExceeded
 from layerstore.fuse import wire
+from layerstore.fuse.deferred import DeferredReader
 from layerstore.fuse.operations import Answer, Operations, xattr_answer, xattr_list_answer
 from layerstore.fuse.session import Request
 from layerstore.image import Digest
-from layerstore.provider import Layer, Refusal, Store, View, WorkerPool, names
+from layerstore.provider import Layer, Refusal, Store, View, names
 from layerstore.provider.names import Control
-
-_log = logging.getLogger(__name__)
 
 _CHILDREN: Final = (b"diff", b"info", b"blob")
 _KNOWN_VALID: Final = limits.CONTROL_VALID_SECONDS
@@ -39,17 +36,21 @@ class StoreFilesystem(Operations):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._layers = store.layers
-        self._workers = WorkerPool("io", limits.IO_WORKERS, limits.IO_QUEUE)
+        self._reader = DeferredReader(store.layers)
+        self._with_layer = self._reader.with_layer
         self._transient: OrderedDict[int, tuple[str, str]] = OrderedDict()
-        self._logged: OrderedDict[tuple[int, int], float] = OrderedDict()
         self._started_ns = time.time_ns()
         self._uid = os.geteuid()
         self._gid = os.getegid()
-        self.read_errors = 0
 
     def close(self) -> None:
         """End idle workers."""
-        self._workers.close()
+        self._reader.close()
+
+    @property
+    def read_errors(self) -> int:
+        """How many reads failed."""
+        return self._reader.errors
 
     # -- names -----------------------------------------------------------------------
 
@@ -363,107 +364,18 @@ class StoreFilesystem(Operations):
     # -- contents -----------------------------------------------------------------------
 
     def read(self, request: Request, nodeid: int, offset: int, size: int) -> Answer:
-        if names.is_control(nodeid):
-            return self._read_control(request, nodeid, offset, size)
-        slot, entry, _ = names.layer_of(nodeid)
-        layer = self._layers.get(slot)
-        if layer is not None:
-            try:
-                data = layer.content.read_cached(entry, offset, size)
-            except LayerstoreError as error:
-                return self._read_failed(slot, entry, error)
-            if data is not None:
-                return data
-        return self._later(
-            request,
-            limits.READ_ANSWER_SECONDS,
-            lambda: self._read_or_fetch(request, slot, entry, offset, size),
-        )
-
-    def _read_or_fetch(
-        self, request: Request, slot: int, entry: int, offset: int, size: int
-    ) -> None:
-        """In a worker: read from disk, or have it fetched and read it then."""
-        try:
-            content = self._layers.open(slot).content
-            data = content.read_stored(entry, offset, size)
-            if data is not None:
-                request.reply(data)
-                return
-        except (LayerstoreError, OSError) as error:
-            request.reply(self._read_failed(slot, entry, error))
-            return
-
-        def done(error: Exception | None) -> None:
-            data: bytes | None = None
-            try:
-                if error is None:
-                    data = content.read_stored(entry, offset, size)
-            except (LayerstoreError, OSError) as caught:
-                error = caught
-            if data is None:
-                request.reply(self._read_failed(slot, entry, error))
-            else:
-                request.reply(data)
-
-        content.fetch(entry, offset, size, done)
-
-    def _read_control(self, request: Request, nodeid: int, offset: int, size: int) -> Answer:
+        if not names.is_control(nodeid):
+            slot, entry, _ = names.layer_of(nodeid)
+            return self._reader.read_file(request, slot, entry, offset, size)
         kind, key = names.control_of(nodeid)
         view = self._store.view(key)
         if view is None:
             return errno.ESTALE
         if kind is Control.INFO:
             return view.info[offset : offset + size]
-        if kind is not Control.BLOB:
-            return errno.EISDIR
-        return self._later(
-            request,
-            limits.BLOB_ANSWER_SECONDS,
-            lambda: self._read_blob(request, view, offset, size),
-        )
-
-    def _read_blob(self, request: Request, view: View, offset: int, size: int) -> None:
-        """In a worker: bytes of the compressed layer, once all of it is here and verified."""
-        try:
-            content = self._layers.open(view.slot).content
-            data = content.read_blob(offset, size)
-        except (LayerstoreError, OSError) as error:
-            request.reply(self._read_failed(view.slot, -1, error))
-            return
-        if data is not None:
-            request.reply(data)
-            return
-
-        def done(error: Exception | None) -> None:
-            data = None if error is not None else content.read_blob(offset, size)
-            if data is None:
-                request.reply(self._read_failed(view.slot, -1, error))
-            else:
-                request.reply(data)
-                self._layers.mark_complete(view.slot)
-
-        content.fetch_blob(done)
-
-    def _read_failed(self, slot: int, entry: int, error: Exception | None) -> int:
-        """Count and log a read that gets EIO; one line a file and period."""
-        self.read_errors += 1
-        now = time.monotonic()
-        last = self._logged.get((slot, entry))
-        if last is None or now - last > limits.READ_ERROR_LOG_SECONDS:
-            self._logged[slot, entry] = now
-            if len(self._logged) > limits.OPEN_OBJECTS:
-                self._logged.popitem(last=False)
-            layer = self._layers.get(slot)
-            path = b"blob" if entry < 0 or layer is None else _path_of(layer, entry)
-            _log.error(
-                "event=read-failed reason=%s layer=%s file=%s error=%s",
-                getattr(error, "code", "storage"),
-                layer.record.blob_digest if layer else slot,
-                os.fsdecode(path).encode("unicode_escape").decode(),
-                error,
-            )
-        return errno.EIO
+        if kind is Control.BLOB:
+            return self._reader.read_blob(request, view, offset, size)
+        return errno.EISDIR
 
     # -- signals of the protocol ----------------------------------------------------------
 
@@ -497,43 +409,3 @@ class StoreFilesystem(Operations):
         if view is not None:
             self._store.release(view)
         return errno.ENOENT
-
-    # -- waiting --------------------------------------------------------------------------
-
-    def _with_layer(self, request: Request, slot: int, answer: Callable[[Layer], Answer]) -> Answer:
-        """Answer from the layer: now if it is open, else once a worker has opened it."""
-        layer = self._layers.get(slot)
-        if layer is not None:
-            return answer(layer)
-        return self._later(
-            request,
-            limits.READ_ANSWER_SECONDS,
-            functools.partial(self._open_and_answer, request, slot, answer),
-        )
-
-    def _open_and_answer(
-        self, request: Request, slot: int, answer: Callable[[Layer], Answer]
-    ) -> None:
-        try:
-            request.reply(answer(self._layers.open(slot)))
-        except (LayerstoreError, OSError) as error:
-            request.reply(self._read_failed(slot, -1, error))
-
-    def _later(self, request: Request, timeout: float, call: Callable[[], None]) -> Answer:
-        deferred = request.defer(timeout)
-
-        def guarded() -> None:
-            try:
-                call()
-            except Exception:
-                _log.exception("request %r failed", request)
-                request.fail(errno.EIO)
-
-        if not self._workers.submit(guarded):
-            return errno.EAGAIN
-        return deferred
-
-
-def _path_of(layer: Layer, entry: int) -> bytes:
-    """A path of an entry, for the log."""
-    return next((path for path, number in layer.index.walk() if number == entry), b"?")
