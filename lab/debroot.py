@@ -122,8 +122,12 @@ def _python_step(root: Path) -> None:
 
 def _numeric_step(root: Path) -> None:
     # As an image build would: nothing is linked statically here, and these are 80 MB.
-    for archive in (root / "usr/lib").rglob("*.a"):
-        if archive.stat().st_size > _GREAT_ARCHIVE:
+    archives = list((root / "usr/lib").rglob("*.a"))
+    for archive in archives:
+        if not archive.is_symlink() and archive.stat().st_size > _GREAT_ARCHIVE:
+            archive.unlink()
+    for archive in archives:
+        if archive.is_symlink() and not archive.exists():
             archive.unlink()
     provider = "openblas-pthread"
     for name in _BLAS:
