@@ -294,9 +294,9 @@ class StoreFilesystem(Operations):
             node = names.layer_node(slot, entry, view if stat.S_ISDIR(mode) else 0)
             if plus:
                 reply = wire.entry_reply(node, self._entry_attr(layer, node, entry))
-                yield wire.pack_direntplus(reply, node, cookie, stat.S_IFMT(mode), name)
+                yield wire.pack_direntplus(reply, node, cookie, stat.S_IFMT(mode) >> 12, name)
             else:
-                yield wire.pack_dirent(node, cookie, stat.S_IFMT(mode), name)
+                yield wire.pack_dirent(node, cookie, stat.S_IFMT(mode) >> 12, name)
 
     @staticmethod
     def _dots(nodeid: int, offset: int, *, plus: bool) -> Iterator[bytes]:
@@ -354,7 +354,7 @@ class StoreFilesystem(Operations):
         for cookie, (name, node, attr) in enumerate(children, _DOTS + 1):
             if cookie <= offset:
                 continue
-            kind = stat.S_IFMT(attr.mode)
+            kind = stat.S_IFMT(attr.mode) >> 12
             if plus:
                 reply = wire.entry_reply(node, attr, 0, 0)
                 yield wire.pack_direntplus(reply, node, cookie, kind, name)
