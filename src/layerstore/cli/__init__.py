@@ -11,7 +11,8 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from layerstore import __version__
-#CONV
+
+# CONV
 from layerstore.cli.serve import serve
 from layerstore.cli.status import status
 from layerstore.errors import Fault, LayerstoreError
@@ -24,7 +25,7 @@ app = App(
 )
 app.command(serve)
 app.command(status)
-#CONV2
+# CONV2
 
 
 @app.meta.default

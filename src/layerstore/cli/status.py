@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -46,9 +46,10 @@ def _print(report: dict[str, Any]) -> None:
     if not report["layers"]:
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("LAYER", "NEEDED", "FETCHED", "STORED", "TOTAL", "USES", "STATE", "IMAGE"):
-        numeric = heading in ("NEEDED", "FETCHED", "STORED", "TOTAL", "USES")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    numeric = ("NEEDED", "FETCHED", "TOTAL", "USES")
+    for heading in ("LAYER", *numeric, "STATE", "IMAGE"):
+        justify: Literal["left", "right"] = "right" if heading in numeric else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading != "IMAGE", overflow="fold")
     for layer in report["layers"]:
         references = layer["references"]
         more = f" (+{len(references) - 1})" if len(references) > 1 else ""
@@ -56,7 +57,6 @@ def _print(report: dict[str, Any]) -> None:
             layer["digest"].removeprefix("sha256:")[:12],
             decimal(layer["needed_bytes"]),
             decimal(layer["fetched_bytes"]),
-            decimal(layer["stored_bytes"]),
             decimal(layer["total_bytes"]),
             str(layer["uses"]),
             "complete" if layer["complete"] else "lazy",

@@ -210,6 +210,8 @@ class LayerContent:
 
     def seed(self, end: bytes) -> None:
         """Take over the last bytes of the blob, which were read to resolve the layer."""
+        self.stats.fetched_bytes += len(end)
+        self._totals.resolved(len(end))
         start = self._blob.size - len(end)
         view = memoryview(end)
         for unit in range(self._blob.units - 1, -1, -1):

@@ -19,7 +19,7 @@ from layerstore import limits
 
 _log = logging.getLogger(__name__)
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 
 class Priority(enum.IntEnum):

@@ -25,6 +25,7 @@ class ContentStats:
         self._lock = threading.Lock()
         self.needed_bytes = 0
         self.failed_units = 0
+        self._resolving = 0
         self._fetched = dict.fromkeys(Priority, 0)
         self._requests = dict.fromkeys(Priority, 0)
 
@@ -32,6 +33,11 @@ class ContentStats:
         """A read asked for this many compressed bytes for the first time."""
         with self._lock:
             self.needed_bytes += size
+
+    def resolved(self, size: int) -> None:
+        """So many bytes were fetched to read footers and TOCs."""
+        with self._lock:
+            self._resolving += size
 
     def fetched(self, priority: Priority, size: int) -> None:
         """So many bytes came from a registry."""
@@ -48,7 +54,10 @@ class ContentStats:
         with self._lock:
             return {
                 "needed_bytes": self.needed_bytes,
-                "fetched_bytes": {p.name.lower(): n for p, n in self._fetched.items()},
+                "fetched_bytes": {
+                    "toc": self._resolving,
+                    **{p.name.lower(): n for p, n in self._fetched.items()},
+                },
                 "range_requests": {p.name.lower(): n for p, n in self._requests.items()},
                 "refused_units": self.failed_units,
             }

@@ -85,13 +85,14 @@ class ControlServer:
             self._slots.release()
 
     def _answer(self, connection: socket.socket) -> Mapping[str, object]:
+        line = _read_line(connection)  # before any answer: unread bytes would reset the connection
         _, uid, _ = _PEER.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         )
         if uid not in (0, os.geteuid()):
             return {"error": "only root and the owner of the service may ask"}
         try:
-            request = msgspec.json.decode(_read_line(connection), type=dict[str, Any])
+            request = msgspec.json.decode(line, type=dict[str, Any])
             handler = self._handlers[request["method"]]
         except (msgspec.MsgspecError, KeyError, TypeError):
             return {"error": "unknown request"}

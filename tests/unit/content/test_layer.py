@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from layerstore import limits
 from layerstore.errors import LayerstoreError, NetworkError, VerificationError
-
-MakeLab = Callable[..., "Lab"]  # noqa: F821 - the class lives in conftest
 
 
 def some_files(count: int, size: int = 700, seed: int = 1) -> list[bytes]:
@@ -43,7 +41,7 @@ def test_nothing_is_fetched_twice(make_lab):
     for thread in threads:
         thread.join()
     asked = sorted(lab.source.requests)
-    for (offset, length), (following, _) in zip(asked, asked[1:], strict=False):
+    for (offset, length), (following, _) in itertools.pairwise(asked):
         assert offset + length <= following
     assert lab.content.stats.fetched_bytes <= len(lab.layer.blob)
 
@@ -177,7 +175,12 @@ def test_blob_with_a_wrong_digest_is_never_shown_but_its_files_are(make_lab):
     lab.source.blob = bytes(blob)
     errors: list[Exception | None] = []
     done = threading.Event()
-    lab.content.fetch_blob(lambda error: (errors.append(error), done.set()))
+
+    def finish(error: Exception | None) -> None:
+        errors.append(error)
+        done.set()
+
+    lab.content.fetch_blob(finish)
     assert done.wait(10)
     assert isinstance(errors[0], VerificationError)
     assert lab.content.read_blob(0, 10) is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 
 import pytest
 from hypothesis import given
@@ -49,10 +50,8 @@ def test_anything_else_is_refused(element):
 
 @given(st.binary(max_size=80))
 def test_no_other_error_escapes(element):
-    try:
+    with contextlib.suppress(InvalidReference):
         assert names.element_of(names.reference_of(element)) == element
-    except InvalidReference:
-        pass
 
 
 def test_a_digest_element_carries_its_algorithm():

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerstore.errors import ConfigError
+from layerstore.service import Config, load
+
+
+def test_a_missing_named_file_is_an_error(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.toml")
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path):
+    path = tmp_path / "config.toml"
+    path.write_text("")
+    assert load(path) == Config()
+
+
+def test_every_documented_key_is_taken(tmp_path: Path):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        'root = "/srv/ls"\nprefetch = false\nbackground_fetch = false\nlog_level = "debug"\n'
+        '[registry]\nauthfile = "/a.json"\nregistries_conf = "/r.conf"\n'
+    )
+    config = load(path)
+    assert (config.root, config.prefetch, config.background_fetch) == ("/srv/ls", False, False)
+    assert config.registry.authfile == "/a.json"
+    assert config.registry.registries_conf == "/r.conf"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prefetsh = true", "prefetsh"),
+        ('prefetch = "yes"', "prefetch"),
+        ('root = "relative"', "absolute"),
+        ('log_level = "loud"', "log_level"),
+        ("[registry]\nauthfle = '/x'", "authfle"),
+        ("root = ", "TOML"),
+        ('[registry]\nauthfile = "x"', "absolute"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, says: str):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)

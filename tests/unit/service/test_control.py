@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layerstore import limits, service
+from layerstore.errors import ServiceError
+from layerstore.service.control import SOCKET_NAME, ControlServer
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)  # longer than a socket address may be
+    deep.mkdir(parents=True)
+
+    def fail() -> dict[str, object]:
+        raise RuntimeError("broken handler")
+
+    server = ControlServer(deep, {"status": lambda: {"x": 1}, "fail": fail})
+    yield deep
+    server.close()
+
+
+def raw(root: Path, data: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as client:
+        directory = os.open(root, os.O_PATH)
+        try:
+            client.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
+        finally:
+            os.close(directory)
+        client.settimeout(5)
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+        return answer
+
+
+def test_a_request_is_answered(root: Path):
+    assert service.request(root, "status") == {"x": 1}
+
+
+def test_the_socket_is_private(root: Path):
+    assert stat.S_IMODE((root / SOCKET_NAME).stat().st_mode) == 0o600
+
+
+def test_other_users_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    os.chmod(root / SOCKET_NAME, 0o666)
+    for parent in (root, *root.parents[:4]):
+        parent.chmod(0o755)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            os.setuid(65534)
+            os.write(writer, raw(root, b'{"method": "status"}\n'))
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    assert b"only root and the owner" in said
+    assert b'"x"' not in said
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"",
+        b"\n",
+        b"nonsense\n",
+        b'{"method": "unknown"}\n',
+        b'{"method": ["status"]}\n',
+        b"[1]\n",
+        b"x" * (limits.CONTROL_REQUEST_BYTES + 100_000),
+    ],
+)
+def test_nonsense_gets_an_error_and_harms_nobody(root: Path, request_: bytes):
+    try:
+        answer = raw(root, request_)
+    except (BrokenPipeError, ConnectionResetError):
+        answer = b'{"error": "cut off"}'
+    assert "error" in json.loads(answer)
+    assert service.request(root, "status") == {"x": 1}
+
+
+def test_a_broken_handler_is_an_error_at_the_client(root: Path):
+    with pytest.raises(ServiceError, match="broken handler"):
+        service.request(root, "fail")
+
+
+def test_no_service_is_said_so(tmp_path: Path):
+    with pytest.raises(ServiceError, match="no service answers"):
+        service.request(tmp_path, "status")
+    with pytest.raises(ServiceError, match="no service answers"):
+        service.request(tmp_path / "missing", "status")
