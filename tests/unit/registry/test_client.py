@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lab.simregistry import SimRegistry
 from layerstore import limits
 from layerstore.errors import (
     AuthenticationError,
@@ -21,15 +25,24 @@ from layerstore.errors import (
     UsageError,
     VerificationError,
 )
-from layerstore.image import Digest, media_types
-from layerstore.registry import Mirror, Registry
+from layerstore.image import Digest, Reference, media_types
+from layerstore.registry import BlobReader, Credential, Mirror, Registry, RegistryClient
+
+MakeRegistry = Callable[..., SimRegistry]
+MakeClient = Callable[..., RegistryClient]
+MakeReference = Callable[..., Reference]
+Opened = tuple[SimRegistry, RegistryClient, Callable[..., BlobReader]]
+Redirected = tuple[SimRegistry, Callable[..., BlobReader], Digest]
+Pair = tuple[SimRegistry, SimRegistry]
 
 MANIFEST = b'{"schemaVersion":2}'
 DATA = bytes(range(256)) * 4096  # 1 MiB
 
 
 class TestManifest:
-    def test_by_tag_and_by_digest(self, make_registry, make_client, reference):
+    def test_by_tag_and_by_digest(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         digest = Digest(registry.add_manifest("a/b", MANIFEST, "1"))
         client, ref = make_client(registry), reference(registry)
@@ -44,20 +57,26 @@ class TestManifest:
         accept = registry.requests("GET", "/manifests/1")[0].headers["accept"]
         assert all(kind in accept for kind in media_types.ALL_MANIFESTS)
 
-    def test_bytes_are_checked_against_the_digest(self, make_registry, make_client, reference):
+    def test_bytes_are_checked_against_the_digest(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         digest = Digest(registry.add_manifest("a/b", MANIFEST, "1"))
         registry.fault("flip", "manifests", after=3)
         with pytest.raises(VerificationError):
             make_client(registry).manifest(reference(registry), digest)
 
-    def test_docker_content_digest_is_only_a_hint(self, make_registry, make_client, reference):
+    def test_docker_content_digest_is_only_a_hint(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         digest = registry.add_manifest("a/b", MANIFEST, "1")
         registry.fault("header", headers={"Docker-Content-Digest": "sha256:" + "0" * 64})
         assert make_client(registry).manifest(reference(registry)).digest == digest
 
-    def test_unknown_has_the_registrys_code(self, make_registry, make_client, reference):
+    def test_unknown_has_the_registrys_code(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         with pytest.raises(NotFound) as caught:
             make_client(registry).manifest(reference(registry))
@@ -65,7 +84,13 @@ class TestManifest:
         assert caught.value.codes == ("MANIFEST_UNKNOWN",)
 
     @pytest.mark.parametrize("kind", ["status", "chunked"])
-    def test_body_is_bounded(self, make_registry, make_client, reference, kind):
+    def test_body_is_bounded(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        kind: Any,
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", b" " * (limits.MANIFEST_BYTES + 1), "1")
         if kind == "chunked":
@@ -73,7 +98,9 @@ class TestManifest:
         with pytest.raises(LimitExceeded):
             make_client(registry).manifest(reference(registry))
 
-    def test_broken_body_is_fetched_again(self, make_registry, make_client, reference):
+    def test_broken_body_is_fetched_again(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", MANIFEST, "1")
         short = registry.fault("short", "manifests", after=5, times=1)
@@ -81,7 +108,9 @@ class TestManifest:
         assert make_client(registry).manifest(reference(registry)).raw == MANIFEST
         assert (short.hits, reset.hits) == (1, 1)
 
-    def test_content_encoding_is_refused(self, make_registry, make_client, reference):
+    def test_content_encoding_is_refused(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", MANIFEST, "1")
         registry.fault("header", "manifests", headers={"Content-Encoding": "gzip"})
@@ -91,7 +120,9 @@ class TestManifest:
 
 
 class TestBlob:
-    def test_whole_and_verified(self, make_registry, make_client, reference):
+    def test_whole_and_verified(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         digest = Digest(registry.add_blob("a/b", DATA))
         client, ref = make_client(registry), reference(registry)
@@ -100,7 +131,13 @@ class TestBlob:
             client.blob(ref, digest, len(DATA) - 1)
 
     @pytest.mark.parametrize("kind", ["flip", "other"])
-    def test_other_bytes_never_come_out(self, make_registry, make_client, reference, kind):
+    def test_other_bytes_never_come_out(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        kind: Any,
+    ) -> None:
         registry = make_registry()
         digest = Digest(registry.add_blob("a/b", DATA))
         registry.fault(kind, "blobs", after=77, data=b"something else")
@@ -110,13 +147,15 @@ class TestBlob:
 
 class TestRanges:
     @pytest.fixture
-    def opened(self, make_registry, make_client, reference):
+    def opened(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> Any:
         registry = make_registry()
         digest = Digest(registry.add_blob("a/b", DATA))
         client, ref = make_client(registry), reference(registry)
         return registry, client, lambda **kw: client.open_blob(ref, digest, **kw)
 
-    def test_middle(self, opened):
+    def test_middle(self, opened: Opened) -> None:
         _, _, open_blob = opened
         with open_blob(offset=1000, length=5000, size=len(DATA)) as reader:
             assert (reader.start, reader.length, reader.total) == (1000, 5000, len(DATA))
@@ -124,21 +163,21 @@ class TestRanges:
             assert reader.read(100) + reader.read(10_000) == DATA[1000:6000]
             assert reader.read(1) == b""
 
-    def test_tail_is_cut_at_the_end_of_the_blob(self, opened):
+    def test_tail_is_cut_at_the_end_of_the_blob(self, opened: Opened) -> None:
         _, _, open_blob = opened
         with open_blob(offset=len(DATA) - 10, length=100) as reader:
             assert (reader.length, reader.read(100)) == (10, DATA[-10:])
         with open_blob(offset=len(DATA) - 10) as reader:
             assert (reader.length, reader.read(100)) == (10, DATA[-10:])
 
-    def test_without_a_range_the_whole_blob(self, opened):
+    def test_without_a_range_the_whole_blob(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         with open_blob() as reader:
             assert not reader.partial
             assert reader.read(len(DATA) + 1) == DATA
         assert "range" not in registry.requests("GET", "blobs")[0].headers
 
-    def test_ignored_range_is_left_to_the_caller(self, opened):
+    def test_ignored_range_is_left_to_the_caller(self, opened: Opened) -> None:
         registry, client, open_blob = opened
         registry.fault("ignore-range")
         before = client.stats.bytes
@@ -162,13 +201,13 @@ class TestRanges:
             "bytes */1048576",
         ],
     )
-    def test_wrong_content_range(self, opened, value):
+    def test_wrong_content_range(self, opened: Opened, value: str) -> None:
         registry, _, open_blob = opened
         registry.fault("range", value=value)
         with pytest.raises(RegistryError):
             open_blob(offset=1000, length=10, size=len(DATA))
 
-    def test_unknown_total_needs_the_size(self, opened):
+    def test_unknown_total_needs_the_size(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         registry.fault("range", value="bytes 1000-1009/*")
         with pytest.raises(RegistryError):
@@ -176,12 +215,12 @@ class TestRanges:
         with open_blob(offset=1000, length=10, size=len(DATA)) as reader:
             assert reader.read(10) == DATA[1000:1010]
 
-    def test_size_that_disagrees(self, opened):
+    def test_size_that_disagrees(self, opened: Opened) -> None:
         _, _, open_blob = opened
         with pytest.raises(RegistryError, match="bytes, not"):
             open_blob(size=len(DATA) + 1)
 
-    def test_chunked_needs_the_size(self, opened):
+    def test_chunked_needs_the_size(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         registry.fault("chunked", "blobs")
         with pytest.raises(RegistryError, match="without a length"):
@@ -193,7 +232,7 @@ class TestRanges:
             assert reader.read(9) == DATA[5:10]
         assert registry.connections == connections
 
-    def test_not_satisfiable(self, opened):
+    def test_not_satisfiable(self, opened: Opened) -> None:
         _, _, open_blob = opened
         with pytest.raises(RegistryError) as caught:
             open_blob(offset=len(DATA), length=1)
@@ -202,13 +241,13 @@ class TestRanges:
     @pytest.mark.parametrize(
         "wrong", [{"offset": -1}, {"length": 0}, {"offset": 9, "size": 9}, {"length": -5}]
     )
-    def test_senseless_range(self, opened, wrong):
+    def test_senseless_range(self, opened: Opened, wrong: dict[str, int]) -> None:
         registry, _, open_blob = opened
         with pytest.raises(UsageError):
             open_blob(**wrong)
         assert registry.count() == 0
 
-    def test_short_body(self, opened):
+    def test_short_body(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         registry.fault("short", after=2000)
         with open_blob(offset=10, length=5000) as reader:
@@ -216,13 +255,13 @@ class TestRanges:
                 reader.read(5000)
             assert reader.position == 2010
 
-    def test_reset_in_the_body(self, opened):
+    def test_reset_in_the_body(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         registry.fault("reset", "blobs", after=2000)
         with open_blob(offset=10, length=5000) as reader, pytest.raises(NetworkError):
             reader.read(5000)
 
-    def test_stall(self, opened):
+    def test_stall(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         registry.fault("stall", "blobs", after=2000)
         with open_blob(offset=10, length=5000) as reader:
@@ -230,7 +269,9 @@ class TestRanges:
             with pytest.raises(NetworkError, match="stalled"):
                 reader.read(1)
 
-    def test_close_ends_a_read_in_another_thread(self, make_registry, make_client, reference):
+    def test_close_ends_a_read_in_another_thread(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         digest = Digest(registry.add_blob("a/b", DATA))
         registry.fault("stall", "blobs", after=10)
@@ -253,7 +294,7 @@ class TestRanges:
         assert time.monotonic() - begun < 2
         assert len(seen) == 1
 
-    def test_connections_are_kept(self, opened):
+    def test_connections_are_kept(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         open_blob(length=1).close()
         before = registry.connections
@@ -262,7 +303,7 @@ class TestRanges:
                 assert reader.read(100) == DATA[start : start + 100]
         assert registry.connections <= before + 1
 
-    def test_aborted_reader_reads_no_further(self, opened):
+    def test_aborted_reader_reads_no_further(self, opened: Opened) -> None:
         _, client, open_blob = opened
         with open_blob() as reader:
             reader.read(10)
@@ -270,7 +311,7 @@ class TestRanges:
         with open_blob(offset=3, length=3) as reader:
             assert reader.read(3) == DATA[3:6]
 
-    def test_counters(self, opened):
+    def test_counters(self, opened: Opened) -> None:
         registry, client, open_blob = opened
         with open_blob(length=1000) as reader:
             reader.read(1000)
@@ -280,8 +321,12 @@ class TestRanges:
 
 class TestRetries:
     def test_passing_errors_are_retried_with_growing_pauses(
-        self, make_registry, make_client, reference, clock
-    ):
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        clock: Any,
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", MANIFEST, "1")
         fault = registry.fault("status", "manifests", status=503, times=3)
@@ -291,14 +336,18 @@ class TestRetries:
         assert clock.slept == pytest.approx([0.2, 0.4, 0.8])
         assert client.stats.retries == 3
 
-    def test_resets_before_the_answer(self, make_registry, make_client, reference):
+    def test_resets_before_the_answer(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", MANIFEST, "1")
         fault = registry.fault("reset", "manifests", times=2)
         assert make_client(registry).manifest(reference(registry)).raw == MANIFEST
         assert fault.hits == 2
 
-    def test_attempts_are_bounded(self, make_registry, make_client, reference):
+    def test_attempts_are_bounded(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         fault = registry.fault("status", "manifests", status=500)
         with pytest.raises(RegistryError) as caught:
@@ -306,7 +355,9 @@ class TestRetries:
         assert caught.value.status == 500
         assert fault.hits == limits.ATTEMPTS
 
-    def test_final_errors_are_not_retried(self, make_registry, make_client, reference):
+    def test_final_errors_are_not_retried(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         fault = registry.fault("status", "manifests", status=400)
         with pytest.raises(RegistryError):
@@ -323,20 +374,32 @@ class TestRetries:
             ("soon", 0.2),
         ],
     )
-    def test_retry_after(self, make_registry, make_client, reference, clock, value, pause):
+    def test_retry_after(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        clock: Any,
+        value: str,
+        pause: float,
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", MANIFEST, "1")
         registry.fault("status", "manifests", status=429, headers={"Retry-After": value}, times=1)
         assert make_client(registry).manifest(reference(registry)).raw == MANIFEST
         assert clock.slept == pytest.approx([pause])
 
-    def test_rate_limit_that_lasts(self, make_registry, make_client, reference):
+    def test_rate_limit_that_lasts(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         registry.fault("status", "manifests", status=429)
         with pytest.raises(RateLimited):
             make_client(registry).manifest(reference(registry))
 
-    def test_nobody_there(self, make_registry, make_client, reference):
+    def test_nobody_there(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         client, ref = make_client(registry), reference(registry)
         registry.close()
@@ -345,14 +408,26 @@ class TestRetries:
 
 
 class TestDeadline:
-    def test_no_pause_reaches_beyond_it(self, make_registry, make_client, reference, clock):
+    def test_no_pause_reaches_beyond_it(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        clock: Any,
+    ) -> None:
         registry = make_registry()
         registry.fault("status", "manifests", status=429, headers={"Retry-After": "20"})
         with pytest.raises(RateLimited):
             make_client(registry).manifest(reference(registry), deadline=clock.now + 10)
         assert clock.slept == []
 
-    def test_silence_before_the_answer(self, make_registry, make_client, reference, real_time):
+    def test_silence_before_the_answer(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        real_time: dict[str, Any],
+    ) -> None:
         registry = make_registry()
         registry.fault("latency", "manifests", seconds=5)
         client = make_client(registry, **{**real_time, "read_seconds": 30.0})
@@ -361,7 +436,13 @@ class TestDeadline:
             client.manifest(reference(registry), deadline=begun + 0.5)
         assert time.monotonic() - begun < 2
 
-    def test_silence_in_the_body(self, make_registry, make_client, reference, real_time):
+    def test_silence_in_the_body(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        real_time: dict[str, Any],
+    ) -> None:
         registry = make_registry()
         digest = Digest(registry.add_blob("a/b", DATA))
         registry.fault("stall", "blobs", after=100)
@@ -372,7 +453,13 @@ class TestDeadline:
             reader.read(1000)
         assert time.monotonic() - begun < 2
 
-    def test_already_over(self, make_registry, make_client, reference, clock):
+    def test_already_over(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        clock: Any,
+    ) -> None:
         registry = make_registry()
         with pytest.raises(DeadlineExceeded):
             make_client(registry).manifest(reference(registry), deadline=clock.now - 1)
@@ -381,14 +468,14 @@ class TestDeadline:
 
 class TestPlaces:
     @pytest.fixture
-    def pair(self, make_registry):
+    def pair(self, make_registry: MakeRegistry) -> Any:
         mirror, primary = make_registry(), make_registry()
         for registry in (mirror, primary):
             registry.add_manifest("x/b", MANIFEST, "1")
             registry.add_blob("x/b", DATA)
         return mirror, primary
 
-    def client(self, make_client, mirror, primary, **options):
+    def client(self, make_client: MakeClient, mirror: Any, primary: Any, **options: Any) -> Any:
         places = (Mirror(mirror.host + "/x", insecure=True),)
         entry = Registry(
             prefix="logical.example/a",
@@ -400,18 +487,18 @@ class TestPlaces:
         return make_client(conf=(entry,))
 
     @pytest.fixture
-    def logical(self):
-        from layerstore.image import Reference  # noqa: PLC0415
-
+    def logical(self) -> Any:
         return Reference.parse("logical.example/a/b:1")
 
-    def test_mirror_first(self, make_client, pair, logical):
+    def test_mirror_first(self, make_client: MakeClient, pair: Pair, logical: Reference) -> None:
         mirror, primary = pair
         client = self.client(make_client, mirror, primary)
         assert client.manifest(logical).raw == MANIFEST
         assert (mirror.count("GET", "manifests"), primary.count()) == (1, 0)
 
-    def test_falls_back_to_the_primary_and_stays_there(self, make_client, pair, logical):
+    def test_falls_back_to_the_primary_and_stays_there(
+        self, make_client: MakeClient, pair: Pair, logical: Reference
+    ) -> None:
         mirror, primary = pair
         mirror.manifests.clear()
         client = self.client(make_client, mirror, primary)
@@ -419,7 +506,9 @@ class TestPlaces:
         assert client.blob(logical, Digest.of(DATA), len(DATA)) == DATA
         assert mirror.count("GET", "blobs") == 0
 
-    def test_blob_missing_where_the_manifest_was(self, make_client, pair, logical):
+    def test_blob_missing_where_the_manifest_was(
+        self, make_client: MakeClient, pair: Pair, logical: Reference
+    ) -> None:
         mirror, primary = pair
         mirror.blobs.clear()
         client = self.client(make_client, mirror, primary)
@@ -427,14 +516,18 @@ class TestPlaces:
         assert client.blob(logical, Digest.of(DATA), len(DATA)) == DATA
         assert mirror.count("GET", "blobs") == 1
 
-    def test_mirror_with_wrong_bytes(self, make_client, pair, logical):
+    def test_mirror_with_wrong_bytes(
+        self, make_client: MakeClient, pair: Pair, logical: Reference
+    ) -> None:
         mirror, primary = pair
         mirror.fault("flip", "manifests")
         client = self.client(make_client, mirror, primary)
         assert client.manifest(logical, Digest.of(MANIFEST)).raw == MANIFEST
         assert primary.count("GET", "manifests") == 1
 
-    def test_all_failing_names_all(self, make_client, pair, logical):
+    def test_all_failing_names_all(
+        self, make_client: MakeClient, pair: Pair, logical: Reference
+    ) -> None:
         mirror, primary = pair
         mirror.fault("status", "manifests", status=400)
         primary.manifests.clear()
@@ -442,7 +535,9 @@ class TestPlaces:
         with pytest.raises(NotFound, match=f"failed too: .{mirror.host}: registry answered 400"):
             client.manifest(logical)
 
-    def test_mirror_by_digest_only(self, make_client, pair, logical):
+    def test_mirror_by_digest_only(
+        self, make_client: MakeClient, pair: Pair, logical: Reference
+    ) -> None:
         mirror, primary = pair
         client = self.client(make_client, mirror, primary, mirror_by_digest_only=True)
         client.manifest(logical)
@@ -451,8 +546,8 @@ class TestPlaces:
         assert mirror.count("GET", "manifests") == 1
 
     def test_silent_mirror_takes_only_its_share_and_then_rests(
-        self, make_client, pair, logical, real_time
-    ):
+        self, make_client: MakeClient, pair: Pair, logical: Reference, real_time: dict[str, Any]
+    ) -> None:
         mirror, primary = pair
         mirror.fault("latency", seconds=30)
         places = (Mirror(mirror.host + "/x", insecure=True),)
@@ -467,7 +562,9 @@ class TestPlaces:
         assert client.manifest(logical, deadline=begun + 2).raw == MANIFEST
         assert time.monotonic() - begun < 0.5
 
-    def test_blocked(self, make_registry, make_client, reference):
+    def test_blocked(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         client = make_client(
             conf=(Registry(prefix="127.0.0.1", location="127.0.0.1", blocked=True),)
@@ -478,13 +575,17 @@ class TestPlaces:
 
 
 class TestSecurity:
-    def test_loopback_is_not_insecure_by_itself(self, make_registry, make_client, reference):
+    def test_loopback_is_not_insecure_by_itself(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         with pytest.raises(NetworkError, match="insecure = true"):
             make_client().manifest(reference(registry))
         assert registry.count() == 0
 
-    def test_scheme_is_found_once(self, make_registry, make_client, reference):
+    def test_scheme_is_found_once(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         registry.add_manifest("a/b", MANIFEST, "1")
         client = make_client(registry)
@@ -492,7 +593,14 @@ class TestSecurity:
             client.manifest(reference(registry))
         assert registry.count("GET", "/v2/") == 1 + 3
 
-    def test_certs_d(self, make_registry, make_client, reference, certificates, tmp_path):
+    def test_certs_d(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        certificates: dict[str, Path],
+        tmp_path: Path,
+    ) -> None:
         registry = make_registry(tls=(certificates["server.crt"], certificates["server.key"]))
         registry.add_manifest("a/b", MANIFEST, "1")
         with pytest.raises(NetworkError, match=r"certs\.d"):
@@ -504,14 +612,20 @@ class TestSecurity:
         assert client.manifest(reference(registry)).raw == MANIFEST
 
     def test_insecure_takes_any_certificate(
-        self, make_registry, make_client, reference, certificates
-    ):
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        certificates: dict[str, Path],
+    ) -> None:
         registry = make_registry(tls=(certificates["server.crt"], certificates["server.key"]))
         registry.add_manifest("a/b", MANIFEST, "1")
         assert make_client(registry).manifest(reference(registry)).raw == MANIFEST
         assert make_client(tls_verify=False).manifest(reference(registry)).raw == MANIFEST
 
-    def test_verification_can_be_forced(self, make_registry, make_client, reference):
+    def test_verification_can_be_forced(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         with pytest.raises(NetworkError):
             make_client(registry, tls_verify=True).manifest(reference(registry))
@@ -519,13 +633,15 @@ class TestSecurity:
 
 class TestRedirects:
     @pytest.fixture
-    def redirected(self, make_registry, make_client, reference):
+    def redirected(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> Any:
         registry = make_registry(auth="bearer", anonymous=True, redirect=True)
         digest = Digest(registry.add_blob("a/b", DATA))
         client, ref = make_client(registry), reference(registry)
         return registry, lambda **kw: client.open_blob(ref, digest, **kw), digest
 
-    def test_authorization_stays_at_home(self, redirected):
+    def test_authorization_stays_at_home(self, redirected: Redirected) -> None:
         registry, open_blob, _ = redirected
         with open_blob(offset=10, length=10) as reader:
             assert reader.read(10) == DATA[10:20]
@@ -537,7 +653,7 @@ class TestRedirects:
         assert away[0].headers["range"] == "bytes=10-19"
         assert away[0].headers["accept-encoding"] == "identity"
 
-    def test_target_is_used_again_for_a_while(self, redirected, clock):
+    def test_target_is_used_again_for_a_while(self, redirected: Redirected, clock: Any) -> None:
         registry, open_blob, _ = redirected
         for start in range(5):
             open_blob(offset=start, length=10).read(10)
@@ -549,7 +665,7 @@ class TestRedirects:
         assert registry.count("GET", "/blobs/") == first + 1
 
     @pytest.mark.parametrize("status", [401, 403, 404])
-    def test_expired_target_is_asked_for_again(self, redirected, status):
+    def test_expired_target_is_asked_for_again(self, redirected: Redirected, status: int) -> None:
         registry, open_blob, _ = redirected
         open_blob(offset=0, length=10).close()
         before = registry.count("GET", "/blobs/")
@@ -559,7 +675,9 @@ class TestRedirects:
         assert fault.hits == 1
         assert registry.count("GET", "/blobs/") == before + 1
 
-    def test_storage_that_refuses_is_not_answered_with_a_token(self, redirected):
+    def test_storage_that_refuses_is_not_answered_with_a_token(
+        self, redirected: Redirected
+    ) -> None:
         registry, open_blob, _ = redirected
         registry.fault(
             "status", "/storage/", status=401, headers={"WWW-Authenticate": "Basic realm=x"}
@@ -568,14 +686,16 @@ class TestRedirects:
             open_blob(offset=0, length=10)
         assert all(entry.authorization is None for entry in registry.requests("", "/storage/"))
 
-    def test_failing_storage_is_retried_through_the_registry(self, redirected):
+    def test_failing_storage_is_retried_through_the_registry(self, redirected: Redirected) -> None:
         registry, open_blob, _ = redirected
         open_blob(offset=0, length=10).close()
         registry.fault("status", "/storage/", status=503, times=2)
         with open_blob(offset=5, length=10) as reader:
             assert reader.read(10) == DATA[5:15]
 
-    def test_loop(self, make_registry, make_client, reference):
+    def test_loop(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         fault = registry.fault("redirect", "blobs", value="?again")
         with pytest.raises(RegistryError, match="redirects"):
@@ -589,16 +709,28 @@ class TestRedirects:
             "file:///etc/passwd",
             "http://u:p@127.0.0.1/",
             "http://h:99999/",
-            "//",
+            "https://",
         ],
     )
-    def test_address_that_is_none(self, make_registry, make_client, reference, value):
+    def test_address_that_is_none(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        value: str,
+    ) -> None:
         registry = make_registry()
         registry.fault("redirect", "blobs", value=value)
         with pytest.raises(RegistryError, match="no address"):
             make_client(registry).open_blob(reference(registry), Digest.of(b""))
 
-    def test_no_way_from_https_to_http(self, make_registry, make_client, reference, certificates):
+    def test_no_way_from_https_to_http(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        certificates: dict[str, Path],
+    ) -> None:
         plain = make_registry()
         registry = make_registry(tls=(certificates["server.crt"], certificates["server.key"]))
         registry.fault("redirect", "blobs", value=f"{plain.url}/x")
@@ -609,10 +741,10 @@ class TestRedirects:
 
 
 class TestPush:
-    def test_upload_mount_and_manifest(self, make_registry, make_client, reference):
+    def test_upload_mount_and_manifest(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry(auth="bearer", users={"u": "p"})
-        from layerstore.registry import Credential  # noqa: PLC0415
-
         client = make_client(registry, credential_sources=(lambda _: Credential("u", "p"),))
         ref, other = reference(registry), reference(registry, "c/d:1")
         data = os.urandom(300_000)
@@ -626,15 +758,17 @@ class TestPush:
         assert client.manifest(ref).raw == MANIFEST
 
     def test_mount_of_what_is_not_there_leaves_no_upload(
-        self, make_registry, make_client, reference
-    ):
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         client = make_client(registry)
         ref = reference(registry)
         assert not client.mount_blob(ref, Digest.of(b"x"), reference(registry, "c/d:1"))
         assert registry.open_uploads == 0
 
-    def test_broken_upload_is_started_again(self, make_registry, make_client, reference):
+    def test_broken_upload_is_started_again(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         fault = registry.fault("reset", "^PUT", times=1)
         client, ref = make_client(registry), reference(registry)
@@ -643,7 +777,13 @@ class TestPush:
         assert client.blob(ref, Digest.of(DATA), len(DATA)) == DATA
 
     @pytest.mark.parametrize("size", [99, 101])
-    def test_chunks_that_do_not_add_up(self, make_registry, make_client, reference, size):
+    def test_chunks_that_do_not_add_up(
+        self,
+        make_registry: MakeRegistry,
+        make_client: MakeClient,
+        reference: MakeReference,
+        size: int,
+    ) -> None:
         registry = make_registry()
         data = bytes(100)
         with pytest.raises(UsageError):
@@ -652,7 +792,9 @@ class TestPush:
             )
         assert registry.blobs == {}
 
-    def test_registry_checks_the_digest(self, make_registry, make_client, reference):
+    def test_registry_checks_the_digest(
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         with pytest.raises(RegistryError) as caught:
             make_client(registry).upload_blob(
@@ -661,8 +803,8 @@ class TestPush:
         assert caught.value.codes == ("DIGEST_INVALID",)
 
     def test_manifest_must_have_the_digest_of_its_reference(
-        self, make_registry, make_client, reference
-    ):
+        self, make_registry: MakeRegistry, make_client: MakeClient, reference: MakeReference
+    ) -> None:
         registry = make_registry()
         ref = reference(registry).with_digest(Digest.of(b"other"))
         with pytest.raises(VerificationError):
