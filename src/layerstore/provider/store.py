@@ -70,6 +70,7 @@ class Store:
         self._lookups: Counter[str] = Counter()
         self._pending: dict[int, list[Answer]] = {}
         self._refused: OrderedDict[int, tuple[float, Refusal]] = OrderedDict()
+        self._uses_lock = threading.Lock()
         self._uses_changed: set[int] = set()
         self._uses_wanted = threading.Event()
         self._closed = False
@@ -235,8 +236,9 @@ class Store:
         self._change_use(view, -1)
 
     def _change_use(self, view: View, change: int) -> None:
-        self._state.count_use(view.key, change)
-        self._uses_changed.add(view.key)
+        with self._uses_lock:
+            self._state.count_use(view.key, change)
+            self._uses_changed.add(view.key)
         self._uses_wanted.set()
 
     def _write_uses(self) -> None:
@@ -246,12 +248,14 @@ class Store:
             self._save_uses()
 
     def _save_uses(self) -> None:
-        changed, self._uses_changed = self._uses_changed, set()
+        with self._uses_lock:
+            changed, self._uses_changed = self._uses_changed, set()
         try:
             self._state.save_uses(changed)
         except LayerstoreError as error:
             _log.error("event=uses-not-saved error=%s", error)
-            self._uses_changed |= changed
+            with self._uses_lock:
+                self._uses_changed |= changed
 
     # -- report and end --------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -35,12 +36,13 @@ class WorkerPool:
         return True
 
     def close(self) -> None:
-        """Let idle threads end; busy ones end when their call does."""
+        """Drop what is queued and let the threads end; busy ones do when their call does."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
         for _ in self._threads:
-            try:
+            with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
-            except queue.Full:
-                return
 
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from layerstore import limits
 from layerstore.errors import LayerstoreError
-from layerstore.image import annotations
+from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, ESTARGZ_UNCOMPRESSED_SIZE
 from layerstore.provider import Refusal, View
 
 FILES = [{"bin/sh": b"shell" * 100, "etc/a": b"a"}, {"app/main": b"main" * 5000, "etc/b": b"b"}]
@@ -185,7 +185,7 @@ def test_use_counts_survive_a_restart(asker, publisher, registry):
 
 
 def spoil_toc_digest(manifest):
-    manifest["layers"][0]["annotations"][annotations.ESTARGZ_TOC_DIGEST] = "sha256:" + "1" * 64
+    manifest["layers"][0]["annotations"][ESTARGZ_TOC_DIGEST] = "sha256:" + "1" * 64
 
 
 def drop_annotations(manifest):
@@ -193,7 +193,7 @@ def drop_annotations(manifest):
 
 
 def drop_size(manifest):
-    del manifest["layers"][0]["annotations"][annotations.ESTARGZ_UNCOMPRESSED_SIZE]
+    del manifest["layers"][0]["annotations"][ESTARGZ_UNCOMPRESSED_SIZE]
 
 
 def claim_zstd(manifest):
