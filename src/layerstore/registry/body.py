@@ -74,6 +74,8 @@ class Body:
                 subject=self._subject,
             ) from error
         except _BROKEN as error:
+            if self._closed:  # by another thread
+                raise NetworkError("the body was closed", subject=self._subject) from error
             self.close()
             raise NetworkError(
                 f"connection broken after {self._progress()}: {describe(error)}",
