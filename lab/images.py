@@ -32,7 +32,7 @@ SMALL_FILES: Final = 200
 SMALL_BIG_BYTES: Final = 12 << 20
 """Size of `/data/big.bin` of the small image: three chunks of the usual 4 MiB."""
 
-_SMALL_RECIPE: Final = 1
+_SMALL_RECIPE: Final = 2
 _PYTHON_RECIPE: Final = 1
 _SEED: Final = 20240101
 
@@ -57,7 +57,7 @@ def small_image(
     def build(_: Path) -> tuple[Sequence[LayerSource], RunConfig]:
         return _small_sources(f"{architecture} {marker}".rstrip(), big_bytes), config
 
-    return _cached(directory, "small", recipe, build)
+    return cached(directory, "small", recipe, build)
 
 
 def small_index(
@@ -97,7 +97,7 @@ def python_image(directory: Path | None = None) -> StoredImage:
     def build(scratch: Path) -> tuple[Sequence[LayerSource], RunConfig]:
         return [LayerSource(tar) for tar in python_layers(scratch)], config
 
-    return _cached(directory, "python", {"python": _PYTHON_RECIPE}, build)
+    return cached(directory, "python", {"python": _PYTHON_RECIPE}, build)
 
 
 def busybox() -> bytes:
@@ -173,8 +173,9 @@ def _small_data(big_bytes: int) -> list[Member]:
         tars.regular(b"data/empty"),
         tars.directory(b"data/links/"),
         tars.regular(b"data/links/first", noise(3000, 1), uid=1000, gid=50),
-        tars.hard_link(b"data/links/second", b"data/links/first"),
-        tars.hard_link(b"data/third", b"data/links/first"),
+        # as tar writes them: extraction applies the owner of a link's own entry
+        tars.hard_link(b"data/links/second", b"data/links/first", uid=1000, gid=50),
+        tars.hard_link(b"data/third", b"data/links/first", uid=1000, gid=50),
         tars.regular(b"data/noted", b"noted\n", xattrs={b"user.note": b"\x00binary\xff"}),
         tars.regular(b"data/setuid", b"#!/bin/sh\nid -u\n", mode=0o4755),
         tars.directory(b"data/small/"),
@@ -214,13 +215,16 @@ def _small_app(marker: str) -> list[Member]:
     ]
 
 
-def _cached(
+def cached(
     directory: Path | None,
     name: str,
     recipe: dict[str, object],
     build: Callable[[Path], tuple[Sequence[LayerSource], RunConfig]],
 ) -> StoredImage:
-    """The image of this recipe: an earlier one, or built now and moved into place whole."""
+    """The image of this recipe: an earlier one, or built now and moved into place whole.
+
+    `build` gets a scratch directory and gives the layers and the config.
+    """
     root = directory or CACHE
     layout = root / f"{name}-{_key(recipe)}"
     with debian.lock(root / "lock"):
