@@ -33,7 +33,7 @@ SMALL_BIG_BYTES: Final = 12 << 20
 """Size of `/data/big.bin` of the small image: three chunks of the usual 4 MiB."""
 
 _SMALL_RECIPE: Final = 2
-_PYTHON_RECIPE: Final = 1
+_PYTHON_RECIPE: Final = 2
 _SEED: Final = 20240101
 
 

@@ -29,6 +29,9 @@ FORMAT_FILES: Final = frozenset(
 OVERLAY_XATTRS: Final = (b"trusted.overlay.", b"user.overlay.")
 """Prefixes of what overlayfs keeps for itself; seen only when a layer is looked at directly."""
 
+ROOT: Final = frozenset({b"."})
+"""The root itself: containers/storage skips its archive entry, so its time is that of the pull."""
+
 _READ: Final = 1 << 20
 _READERS: Final = 4
 
@@ -91,13 +94,13 @@ def compare(
     *,
     ignore: Collection[bytes] = FORMAT_FILES,
     ignore_xattrs: tuple[bytes, ...] = OVERLAY_XATTRS,
-    any_mtime: Collection[bytes] = (),
+    any_mtime: Collection[bytes] = ROOT,
     seconds: bool = False,
 ) -> list[str]:
     """The differences as sentences, ordered by path; empty when the trees are equal.
 
     `ignore`: paths left out on both sides.  `ignore_xattrs`: prefixes of attribute names.
-    `any_mtime`: paths whose modification time does not count, such as directories that no archive
+    `any_mtime`: paths whose modification time does not count: the root, and directories that no archive
     entry describes: each extraction gives those the time of the day.
     `seconds`: compare modification times by whole seconds only.
     """
