@@ -280,6 +280,10 @@ image_copy_tmp_dir = {_toml(self.tmp)}
 conmon_path = [{_toml(self.tools.conmon)}]
 helper_binaries_dir = [{_toml(self.tools.helpers)}]
 
+[network]
+network_backend = "netavark"
+network_config_dir = {_toml(self.conf / "networks")}
+
 [engine.runtimes]
 runc = [{_toml(self.tools.runc)}]
 """
