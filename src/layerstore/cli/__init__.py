@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from layerstore import __version__
 
@@ -31,27 +32,46 @@ app.command(status)
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    debug: Annotated[bool, Parameter(negative="", help="Show tracebacks.")] = False,
+    debug: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Log more and show tracebacks.")
+    ] = False,
 ) -> None:
     if debug:
         logging.getLogger("layerstore").setLevel(logging.DEBUG)
-        app(tokens, exit_on_error=False)
-        return
     try:
-        app(tokens, exit_on_error=False, print_error=True)
+        app(tokens, exit_on_error=False, print_error=False)
     except LayerstoreError as error:
-        print(f"layerstore: {error}", file=sys.stderr)
-        sys.exit(2 if error.fault is Fault.CALLER else 1)
-    except CycloptsError:
-        sys.exit(2)
+        if debug:
+            raise
+        _fail(str(error), 2 if error.fault is Fault.CALLER else 1)
     except KeyboardInterrupt:
-        print("layerstore: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
+def _fail(what: str, status: int) -> NoReturn:
+    print(f"layerstore: {what}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _usage(error: CycloptsError) -> str:
+    """A wrong command line in one line, as every other error."""
+    if isinstance(error, UnusedCliTokensError):
+        said = f"unexpected argument: {shlex.join(error.unused_tokens or ())}"
+    else:
+        said = " ".join(str(error).split()).removesuffix(".")
+    return f"{said} (see `layerstore --help`)"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the ``layerstore`` program."""
-    app.meta(arguments)
+    """Entry point of the ``layerstore`` program.
+
+    Ends with status 0; 2 for a command line or configuration that makes no sense;
+    1 for everything else.
+    """
+    try:
+        app.meta(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(_usage(error), 2)

@@ -10,14 +10,19 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from layerstore import service
+from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT
 
 
 def serve(
-    mountpoint: Path,
+    mountpoint: Annotated[
+        Path, Parameter(help="Directory that storage.conf names; created if missing.")
+    ],
     /,
     *,
-    root: Annotated[Path | None, Parameter(help="Private directory for state and cache.")] = None,
-    config: Annotated[Path | None, Parameter(help="Configuration file (TOML).")] = None,
+    root: Annotated[
+        Path | None, Parameter(help=f"Private directory for state and cache [{DEFAULT_ROOT}].")
+    ] = None,
+    config: Annotated[Path | None, Parameter(help=f"Configuration file [{DEFAULT_PATH}].")] = None,
 ) -> None:
     """Serve the additional layer store on MOUNTPOINT.
 

@@ -13,15 +13,20 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from layerstore import service
+from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT
 
 
 def status(
     *,
-    root: Annotated[Path | None, Parameter(help="Root directory of the service to ask.")] = None,
-    config: Annotated[Path | None, Parameter(help="Configuration file (TOML).")] = None,
-    json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
+    root: Annotated[
+        Path | None, Parameter(help=f"Root directory of the service [{DEFAULT_ROOT}].")
+    ] = None,
+    config: Annotated[Path | None, Parameter(help=f"Configuration file [{DEFAULT_PATH}].")] = None,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print one JSON object.")
+    ] = False,
 ) -> None:
-    """Show what the running service knows: layers, bytes needed, fetched and total, lookups."""
+    """Show the running service: lookups, layers, bytes needed and fetched."""
     where = root or Path(service.load(config).root)
     report = service.request(where.absolute(), "status")
     if json:

@@ -132,7 +132,16 @@ def _unmount(mountpoint: Path) -> None:
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Hold the root directory's lock, so that two services never share it."""
-    with (root / "lock").open("w") as lock:
+    path = root / "lock"
+    try:
+        lock = path.open("w")
+    except OSError as error:
+        raise StorageError(
+            f"cannot open: {error.strerror}",
+            subject=str(path),
+            advice="run it as the owner of the root directory, or name another --root",
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
