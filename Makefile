@@ -13,7 +13,7 @@ bootstrap: ## install Debian packages that are missing and the pinned Python pac
 trixie: bootstrap ## unpack Debian 13's podman, skopeo and buildah into .cache/trixie
 	@$(PYTHON) -m lab.trixie
 
-demo: bootstrap ## show layerstore at work: real podman, a real registry, a kill -9
+demo: bootstrap ## start a real image with Podman, plainly and from the store, side by side
 	@$(PYTHON) -m lab.demo
 
 lint: bootstrap ## ruff (rules, format) and mypy --strict
@@ -24,7 +24,7 @@ lint: bootstrap ## ruff (rules, format) and mypy --strict
 test: lint trixie ## lint, unit tests and the tests against the real tools
 	$(PYTHON) -m pytest tests/unit tests/compat
 
-bench: bootstrap ## measure against a plain pull and write the figures
+bench: bootstrap ## measure against a plain pull (and a peer) over two links
 	@$(PYTHON) -m benchmarks
 
 clean: ## remove caches and build products (.venv and .cache included)
