@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import resource
@@ -31,6 +32,7 @@ Flavour = Literal["debian12", "debian13"]
 FLAVOURS: Final[tuple[Flavour, ...]] = ("debian12", "debian13")
 
 _MNT_DETACH: Final = 2
+_RUN_ROOT_CHARS: Final = 50
 _CLEANUP_SECONDS: Final = 60.0
 
 
@@ -106,7 +108,7 @@ class PodmanEnv:
         self.flavour: Final = flavour
         self.tools: Final = Tools.of(flavour)
         self.graph_root: Final = self.directory / "root"
-        self.run_root: Final = self.directory / "run"
+        self.run_root: Final = _short_run_root(self.directory / "run")
         self.tmp: Final = self.directory / "tmp"
         self.home: Final = self.directory / "home"
         self.conf: Final = self.directory / "conf"
@@ -238,8 +240,9 @@ class PodmanEnv:
         ):
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 self.podman(*arguments, check=False, timeout=_CLEANUP_SECONDS)
-        unmount_below(self.directory)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for place in (self.directory, self.run_root):
+            unmount_below(place)
+            shutil.rmtree(place, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -323,6 +326,18 @@ def unmount_below(directory: Path) -> None:
             points.append(point)
     for point in reversed(points):
         libc.umount2(point, _MNT_DETACH)
+
+
+def _short_run_root(wanted: Path) -> Path:
+    """``wanted``, or a place under a short name that belongs to it alone.
+
+    Podman refuses ``--runroot`` above 50 characters. It passes that option to the clean-up that
+    conmon starts when a container ends; where that fails, ``podman run`` waits 20 s for the exit
+    code.
+    """
+    if len(str(wanted)) <= _RUN_ROOT_CHARS:
+        return wanted
+    return Path("/var/tmp") / f"lab-run-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:16]}"
 
 
 def _limit(name: str, kind: int, wanted: int) -> str:
