@@ -82,8 +82,8 @@ BACKGROUND_QUIET_SECONDS: Final = 2.0  # without demand before background work g
 BACKGROUND_PAUSE_SECONDS: Final = 5.0  # longest rest in the middle of a response
 BACKGROUND_RETRY_SECONDS: Final = 15.0  # after a failure, doubled up to
 BACKGROUND_RETRY_MAX_SECONDS: Final = 600.0
-STREAM_DEMAND_BYTES: Final = 32 * KIB  # asked of a connection at once
-STREAM_BULK_BYTES: Final = 256 * KIB
+STREAM_BYTES: Final = 256 * KIB  # taken from a connection at once, at most
+JOIN_POLL_SECONDS: Final = 0.02
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 
 # -- provider ------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A bitmap in a memory-mapped file: which parts of a sparse file are there.
 
-A bit is set only after its bytes were verified and written.  Both live in the
+A bit is set only after its bytes were written.  Both live in the
 page cache, so the pair survives the death of the process in the right order;
 what a power failure leaves is distrusted elsewhere.
 """
@@ -56,11 +56,16 @@ class Bitmap:
             self._missing -= 1
             return True
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def unset(self, bit: int) -> bool:
+        """Clear one bit; True if it was set before."""
+        mask = 1 << (bit & 7)
         with self._lock:
-            self._map[:] = bytes(len(self._map))
-            self._missing = self.length
+            byte = self._map[bit >> 3]
+            if not byte & mask:
+                return False
+            self._map[bit >> 3] = byte & ~mask
+            self._missing += 1
+            return True
 
     @property
     def missing(self) -> int:

@@ -2,8 +2,10 @@
 
 The blob is cut into *units*: the head (bytes before the first gzip member that
 the TOC names), each member, and the tail (TOC and footer).  Units tile the blob
-without gaps.  Every verified unit is kept, so that no byte is fetched twice and
-the whole blob, once complete, can be exported byte for byte.
+without gaps.  What the registry sent is kept as it came, so that no byte is
+fetched twice and the whole blob, once complete, can be exported byte for byte.
+Nothing here is verified: whoever takes a member out checks its chunks, and
+whoever exports the blob checks its digest.
 """
 
 from __future__ import annotations
@@ -81,10 +83,10 @@ class BlobFile:
         """Whether the unit is a gzip member with file contents (not head or tail)."""
         return 0 < unit < self.units - 1
 
-    def store(self, unit: int, data: bytes | memoryview) -> None:
-        """Keep a unit's bytes, which the caller has verified as far as that can be."""
-        offset, end = self.extent(unit)
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put bytes in their place; mark() says that a unit has all of its bytes."""
         view = memoryview(data)
+        end = offset + len(view)
         while view:
             try:
                 written = os.pwrite(self.file.fd, view, end - len(view))
@@ -93,8 +95,18 @@ class BlobFile:
                     f"cannot write: {error.strerror}", subject=str(self.path)
                 ) from error
             view = view[written:]
+
+    def mark(self, unit: int) -> None:
+        """All bytes of the unit are written."""
         if self.present.set(unit):
+            offset, end = self.extent(unit)
             self.stored_bytes += end - offset
+
+    def discard(self, unit: int) -> None:
+        """The bytes of the unit are wrong: forget them."""
+        if self.present.unset(unit):
+            offset, end = self.extent(unit)
+            self.stored_bytes -= end - offset
 
     def read_unit(self, unit: int) -> bytes:
         """The stored bytes of a unit."""
@@ -109,8 +121,3 @@ class BlobFile:
             hasher.update(piece)
             offset += len(piece)
         return hasher.hexdigest()
-
-    def forget(self) -> None:
-        """Distrust every byte: the blob turned out not to be the announced one."""
-        self.present.clear()
-        self.stored_bytes = 0

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from layerstore import limits
 from layerstore.content.blob import BlobFile
 from layerstore.content.flight import Flight, FlightPlan, Waiter
-from layerstore.content.ingest import Ingester
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
-from layerstore.content.stream import ByteSource, MemberStream
-from layerstore.errors import LayerstoreError, NetworkError, ServiceError
+from layerstore.content.stream import ByteSource
+from layerstore.errors import NetworkError, ServiceError
 
 _log = logging.getLogger(__name__)
 
@@ -23,13 +22,12 @@ Done = Callable[[Exception | None], None]
 
 
 class Fetcher:
-    """Brings units of a blob here, each verified before anybody hears of it.  Thread-safe."""
+    """Brings units of a blob here.  Thread-safe."""
 
     def __init__(
         self,
         name: str,
         blob: BlobFile,
-        ingester: Ingester,
         scheduler: Scheduler,
         source: ByteSource,
         stats: LayerStats,
@@ -37,7 +35,6 @@ class Fetcher:
     ) -> None:
         self.name = name
         self._blob = blob
-        self._ingester = ingester
         self._scheduler = scheduler
         self._source = source
         self._stats = stats
@@ -45,28 +42,14 @@ class Fetcher:
         self._lock = threading.Lock()
         self._plan = FlightPlan(_Units(blob))
         self._waiters: dict[int, list[Waiter]] = {}
-        self._failed: dict[int, tuple[float, Exception]] = {}
 
     def demand(self, units: Sequence[int], done: Done) -> None:
-        """Bring these units here soon; ``done(error or None)`` is called once, from any thread.
-
-        A unit that was refused a moment ago is not tried again at once.
-        """
+        """Bring these units here soon; ``done(error or None)`` is called once, from any thread."""
         if not units:
             done(None)
             return
-        now = time.monotonic()
         with self._lock:
-            for unit in units:
-                when, error = self._failed.get(unit, (0.0, None))
-                if error is not None and now - when < limits.FAILURE_SECONDS:
-                    break
-            else:
-                error = None
-            if error is None:
-                self._enlist(units, Waiter(len(units), done))
-        if error is not None:
-            done(error)
+            self._enlist(units, Waiter(len(units), done))
 
     def _enlist(self, units: Sequence[int], waiter: Waiter) -> None:
         for unit in units:
@@ -135,27 +118,25 @@ class Fetcher:
 
     def _fly_on(self, flight: Flight) -> None:
         while flight.position <= flight.last:
-            if not self._scheduler.give_way(flight.priority):
-                raise ServiceError("the store is being stopped", subject=self.name)
-            unit = flight.position
-            if self._blob.present[unit]:
-                self._take(flight, unit, self._blob.read_unit(unit), fetched=False)
+            self._keep_going(flight.priority)
+            if self._blob.present[flight.position]:
+                self._land(flight)
                 continue
-            last = unit
+            first = last = flight.position
             while last < flight.last and not self._blob.present[last + 1]:
                 last += 1
-            self._stream(flight, self._blob.extent(unit)[0], self._blob.extent(last)[1])
+            self._stream(flight, self._blob.extent(first)[0], self._blob.extent(last)[1])
+
+    def _keep_going(self, priority: Priority) -> None:
+        if not self._scheduler.give_way(priority):
+            raise ServiceError("the store is being stopped", subject=self.name)
 
     def _stream(self, flight: Flight, offset: int, end: int) -> None:
-        """Take units out of one response, from flight.position on."""
-        piece = (
-            limits.STREAM_DEMAND_BYTES
-            if flight.priority is Priority.DEMAND
-            else limits.STREAM_BULK_BYTES
-        )
+        """Store what one response brings, from flight.position on."""
         self._totals.request(flight.priority)
-        with MemberStream(self._source, offset, end - offset, piece) as stream:
-            if stream.start != offset:
+        response = self._source(offset, end - offset)
+        try:
+            if response.start != offset:
                 with self._lock:
                     other = self._plan.whole
                     if other is None:
@@ -163,61 +144,60 @@ class Fetcher:
                 if other is not None:
                     self._join(flight, other)
                     return
-                end = self._blob.size
-            while flight.position <= flight.last:
-                unit = flight.position
-                first, unit_end = self._blob.extent(unit)
-                if unit_end > end or (self._blob.present[unit] and not flight.whole):
-                    return
-                data = stream.take(unit_end - first)
-                self._stats.fetched_bytes += unit_end - first
-                self._totals.fetched(flight.priority, unit_end - first)
-                self._take(flight, unit, data, fetched=True)
-                if not self._scheduler.give_way(flight.priority):
-                    raise ServiceError("the store is being stopped", subject=self.name)
+                offset, end = response.start, self._blob.size
+            while flight.position <= flight.last and offset < end:
+                # no further than the flight still goes: it may have been cut meanwhile
+                wanted = min(end, self._end(flight.last)) - offset
+                data = response.read_some(min(limits.STREAM_BYTES, max(wanted, 1)))
+                if not data:
+                    raise NetworkError(f"the body ended {end - offset} bytes early")
+                self._stats.fetched_bytes += len(data)
+                self._totals.fetched(flight.priority, len(data))
+                self._write(flight, offset, data)
+                offset += len(data)
+                while flight.position <= flight.last and self._end(flight.position) <= offset:
+                    self._blob.mark(flight.position)
+                    self._land(flight)
+                self._keep_going(flight.priority)
+        finally:
+            response.close()
+
+    def _end(self, unit: int) -> int:
+        return self._blob.extent(unit)[1]
+
+    def _write(self, flight: Flight, offset: int, data: bytes) -> None:
+        if not flight.whole:
+            self._blob.write(offset, data)
+            return
+        # a unit that is there may be in use: the same bytes once more could be other ones
+        view, end = memoryview(data), offset + len(data)
+        unit = flight.position
+        while unit < self._blob.units and self._blob.extent(unit)[0] < end:
+            start, stop = self._blob.extent(unit)
+            start, stop = max(start, offset), min(stop, end)
+            if start < stop and not self._blob.present[unit]:
+                self._blob.write(start, view[start - offset : stop - offset])
+            unit += 1
 
     def _join(self, flight: Flight, other: Flight) -> None:
         """Another flight already streams the whole blob: leave the units to it."""
         while flight.position <= flight.last:
-            if not self._scheduler.give_way(Priority.DEMAND):
-                raise ServiceError("the store is being stopped", subject=self.name)
+            self._keep_going(Priority.DEMAND)
             with self._lock:
                 gone = self._plan.whole is not other
             if self._blob.present[flight.position]:
-                self._take(flight, flight.position, b"", fetched=False, stored=True)
+                self._land(flight)
             elif gone:
                 raise NetworkError("the stream of the whole blob broke", subject=self.name)
             else:
-                time.sleep(0.02)
+                time.sleep(limits.JOIN_POLL_SECONDS)
 
-    def _take(
-        self,
-        flight: Flight,
-        unit: int,
-        data: bytes | memoryview,
-        *,
-        fetched: bool,
-        stored: bool = False,
-    ) -> None:
-        """Verify and store one unit, tell those who wait for it, and step on."""
-        error: Exception | None = None
-        try:
-            if self._blob.is_member(unit) and not stored:
-                self._ingester.take(unit - 1, data)
-            if fetched and not self._blob.present[unit]:
-                self._blob.store(unit, data)
-        except LayerstoreError as caught:
-            error = caught
-            self._totals.failed_units += 1
-            self._stats.failed_units += 1
-            _log.error("layer %s: refused bytes of unit %d: %s", self.name, unit, caught)
+    def _land(self, flight: Flight) -> None:
+        """The unit at the flight's position is there: step on, tell those who wait for it."""
         with self._lock:
-            if error is not None:
-                self._failed[unit] = (time.monotonic(), error)
-            else:
-                self._failed.pop(unit, None)
+            unit = flight.position
             flight.position = unit + 1
-            calls = self._arrived(unit, error)
+            calls = self._arrived(unit, None)
         for call in calls:
             call()
 

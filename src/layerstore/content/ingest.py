@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 
 from layerstore import limits
 from layerstore.content.layermap import Chunk, LayerMap
@@ -47,11 +48,25 @@ class Ingester:
         if error is not None:
             raise error
 
-    def take(self, member: int, data: bytes | memoryview) -> None:
+    def take(self, member: int, data: bytes, wanted: int = -1) -> memoryview | None:
         """Verify and store the chunks of a member, given its compressed bytes.
 
-        Raises InvalidLayer, LimitExceeded, VerificationError, StorageError.
+        Gives the contents of chunk ``wanted`` if it is one of them.  Raises
+        InvalidLayer, LimitExceeded, VerificationError, StorageError.
         """
+        found = None
+        for number, chunk, payload in self._verified(member, data):
+            self._keep(number, chunk, payload)
+            if number == wanted:
+                found = payload
+        return found
+
+    def check_member(self, member: int, data: bytes) -> None:
+        """Verify the chunks of a member without storing them; raises as take()."""
+        for _ in self._verified(member, data):
+            pass
+
+    def _verified(self, member: int, data: bytes) -> Iterator[tuple[int, Chunk, memoryview]]:
         chunks = [(number, self._map.chunk(number)) for number in self._map.member_chunks(member)]
         if not chunks:
             return
@@ -63,7 +78,7 @@ class Ingester:
                 raise InvalidLayer(f"chunk {number} is shorter than {chunk.size} bytes")
             if hashlib.sha256(payload).digest() != chunk.digest:
                 raise VerificationError(f"chunk {number} does not have its announced digest")
-            self._keep(number, chunk, payload)
+            yield number, chunk, payload
 
     def _keep(self, number: int, chunk: Chunk, payload: memoryview) -> None:
         content = self._map.content(self._map.chunk_owner(number))
@@ -72,9 +87,9 @@ class Ingester:
         if content.chunk_count == 1:
             self._objects.put(content.key, payload)
             return
-        if content.digest and self._objects.has(content.digest):
-            return
-        partial = self._objects.partial(content.key, content.size, content.chunk_count, create=True)
+        partial = self._objects.partial(
+            content.key, content.size, content.chunk_count, content.digest, create=True
+        )
         if partial is None:
             return
         last = partial.write(number - content.first_chunk, chunk.file_offset, payload)

@@ -1,16 +1,22 @@
 """The contents of one layer: read what is here, fetch what is not.
 
-Reads name an *entry* (a regular file) and a byte range.  What is stored is read
-at once; otherwise the gzip members that hold the range are fetched, decompressed,
-verified chunk by chunk and stored, and then the reader is called back.
+Reads name an *entry* (a regular file) and a byte range.  Contents have three
+states: an object (verified, decompressed: read at once), bytes of the blob as
+the registry sent them (decompressed and verified at the first read, which makes
+the object), and not here (fetched first).  Prefetch and background work thus
+cost no more than storing bytes, and only verified bytes are ever shown.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
+from layerstore import limits
 from layerstore.content.blob import BlobFile
 from layerstore.content.fetcher import Done, Fetcher
 from layerstore.content.files import OpenFile
@@ -23,6 +29,8 @@ from layerstore.content.stream import ByteSource
 from layerstore.errors import ContentError, VerificationError
 
 _log = logging.getLogger(__name__)
+
+_TRIES: Final = 2  # bytes that are wrong are fetched once more, at once
 
 
 class LayerContent:
@@ -55,13 +63,13 @@ class LayerContent:
         self._objects = objects
         self._totals = stats
         self._ingester = Ingester(name, layer_map, objects, scheduler, self.stats, stats)
-        self._fetcher = Fetcher(
-            name, self._blob, self._ingester, scheduler, source, self.stats, stats
-        )
+        self._fetcher = Fetcher(name, self._blob, scheduler, source, self.stats, stats)
         self._needed = bytearray(self._blob.units)
         self._verified = verified
         self._verifying = threading.Lock()
-        self._blob_error: ContentError | None = None
+        self._scrubbed = False
+        self._blob_error: VerificationError | None = None
+        self._refused: dict[int, tuple[int, float, ContentError]] = {}
 
     # -- reading what is here --------------------------------------------------
 
@@ -82,13 +90,57 @@ class LayerContent:
         size = min(size, content.size - offset)
         file = self._stored(entry, content, offset, size)
         if file is None:
-            return None
+            return self._materialize(entry, content, offset, size)
         data = file.read(offset, size)
         if len(data) != size:
-            # a truncated object: drop it, the next read fetches it again
+            # a truncated object: drop it, the next read makes it anew
             self._objects.discard(content.digest or content.key)
             return None
         return data
+
+    def _materialize(
+        self, entry: int, content: FileContent, offset: int, size: int
+    ) -> bytes | None:
+        """Make objects of stored members and read from them; None if members are missing."""
+        chunks = self._absent_chunks(entry, content, offset, size)
+        units = {self._map.chunk(number).member + 1: number for number in chunks}
+        if not all(self._blob.present[unit] for unit in units):
+            return None
+        payload: memoryview | None = None
+        for unit, number in units.items():
+            payload = self._take(unit, number)
+        if content.chunk_count == 1 and payload is not None:
+            return bytes(payload[offset : offset + size])
+        file = self._stored(entry, content, offset, size)
+        return None if file is None else file.read(offset, size)
+
+    def _take(self, unit: int, number: int) -> memoryview | None:
+        try:
+            return self._ingester.take(unit - 1, self._blob.read_unit(unit), number)
+        except ContentError as error:
+            self._refuse(unit, error)
+            raise
+
+    def _refuse(self, unit: int, error: ContentError) -> None:
+        """Stored bytes are wrong: forget them, and remember for a moment that they were."""
+        self._blob.discard(unit)
+        count = self._refused.get(unit, (0, 0.0, error))[0] + 1
+        self._refused[unit] = (count, time.monotonic(), error)
+        self.stats.failed_units += 1
+        self._totals.failed_units += 1
+        _log.error("layer %s: refused bytes of unit %d: %s", self.name, unit, error)
+
+    def _recent_refusal(self, units: Iterable[int]) -> ContentError | None:
+        """The error of a unit that was wrong twice a moment ago: a third try must wait."""
+        for unit in units:
+            count, when, error = self._refused.get(unit, (0, 0.0, None))
+            if error is None:
+                continue
+            if time.monotonic() - when > limits.FAILURE_SECONDS:
+                self._refused.pop(unit, None)
+            elif count >= _TRIES:
+                return error
+        return None
 
     def open_complete(self, entry: int) -> OpenFile | None:
         """The object that holds the whole file, if it is complete."""
@@ -113,12 +165,16 @@ class LayerContent:
             complete = self._objects.open(content.digest)
             if complete is not None:
                 return complete
-        partial = partial or self._objects.partial(
-            content.key, content.size, content.chunk_count, create=False
-        )
+        partial = partial or self._partial(content)
         if partial is not None and not self._missing_chunks(entry, content, partial, offset, size):
             return partial.file
-        return None
+        # it may have become whole meanwhile
+        return self._objects.open(content.digest) if content.digest else None
+
+    def _partial(self, content: FileContent) -> PartialObject | None:
+        return self._objects.partial(
+            content.key, content.size, content.chunk_count, content.digest, create=False
+        )
 
     def _touch(self, chunk: int) -> None:
         """Count the member that holds the chunk as needed by a reader, once."""
@@ -157,19 +213,39 @@ class LayerContent:
         if self._stored(entry, content, offset, size) is not None:
             done(None)
             return
-        partial = (
-            self._objects.partial(content.key, content.size, content.chunk_count, create=False)
-            if content.chunk_count > 1
-            else None
-        )
-        chunks = self._missing_chunks(entry, content, partial, offset, size)
-        units = sorted({self._map.chunk(number).member + 1 for number in chunks})
-        self._fetcher.demand(units, done)
+        chunks = self._absent_chunks(entry, content, offset, size)
+        units = {self._map.chunk(number).member + 1 for number in chunks}
+        missing = sorted(unit for unit in units if not self._blob.present[unit])
+        refusal = self._recent_refusal(missing)
+        if refusal is not None:
+            done(refusal)
+            return
+        self._fetcher.demand(missing, done)
+
+    def _absent_chunks(self, entry: int, content: FileContent, offset: int, size: int) -> list[int]:
+        partial = self._partial(content) if content.chunk_count > 1 else None
+        return self._missing_chunks(entry, content, partial, offset, size)
 
     def fetch_blob(self, done: Done) -> None:
         """Bring the whole blob here and verify it; ``done`` as for fetch()."""
-        missing = [unit for unit in range(self._blob.units) if not self._blob.present[unit]]
-        self._fetcher.demand(missing, lambda error: done(error or self._verify_blob()))
+
+        def arrived(error: Exception | None) -> None:
+            if error is None and not self._blob.present.full:
+                self.fetch_blob(done)
+                return
+            try:
+                if error is None and self._verify_blob():
+                    done(None)
+                elif error is None:
+                    self.fetch_blob(done)
+                else:
+                    done(error)
+            except ContentError as caught:
+                done(caught)
+
+        self._fetcher.demand(
+            [unit for unit in range(self._blob.units) if not self._blob.present[unit]], arrived
+        )
 
     def prefetch(self, end: int) -> None:
         """Fetch the units that lie before byte ``end`` of the blob ahead of need."""
@@ -188,10 +264,7 @@ class LayerContent:
             raise error
         if not self._blob.present.full:
             return True
-        error = self._verify_blob()
-        if error is not None:
-            raise error
-        return False
+        return not self._verify_blob()
 
     @property
     def complete(self) -> bool:
@@ -220,33 +293,49 @@ class LayerContent:
                 return
             if self._blob.present[unit]:
                 continue
-            data = view[offset - start : stop - start]
-            try:
-                if self._blob.is_member(unit):
-                    self._ingester.take(unit - 1, data)
-                self._blob.store(unit, data)
-            except ContentError as error:
-                # whoever reads it will fetch it anew and be told
-                _log.warning("layer %s: bytes read with the TOC are wrong: %s", self.name, error)
+            self._blob.write(offset, view[offset - start : stop - start])
+            self._blob.mark(unit)
 
     # -- verification ----------------------------------------------------------
 
-    def _verify_blob(self) -> ContentError | None:
-        """Check the digest over the whole stored blob, once."""
+    def _verify_blob(self) -> bool:
+        """Check the digest over the whole stored blob; False if parts must be fetched again.
+
+        Raises VerificationError if the registry has another blob than announced.
+        """
         with self._verifying:
             if self._verified:
-                return None
+                return True
             if self._blob_error is not None:
-                return self._blob_error
+                raise self._blob_error
             actual = self._blob.sha256()
             if actual == self._digest:
                 self._verified = True
-                return None
+                return True
+            if not self._scrubbed:
+                self._scrubbed = True
+                if self._scrub():
+                    return False
             self._blob_error = VerificationError(
                 f"blob has SHA-256 {actual} instead of {self._digest}",
                 subject=self.name,
-                advice="files whose chunks were verified stay readable; the blob is not exported",
+                advice="files whose chunks are right stay readable; the blob is not exported",
             )
             _log.error("%s", self._blob_error)
             self._totals.failed_units += 1
-            return self._blob_error
+            raise self._blob_error
+
+    def _scrub(self) -> bool:
+        """Look for the units that are wrong and forget them; whether there were any."""
+        found = False
+        for unit in range(self._blob.units):
+            if not self._blob.is_member(unit):
+                self._blob.discard(unit)  # nothing but the blob digest covers head and tail
+                found = found or self._blob.extent(unit)[0] < self._blob.extent(unit)[1]
+                continue
+            try:
+                self._ingester.check_member(unit - 1, self._blob.read_unit(unit))
+            except ContentError as error:
+                self._refuse(unit, error)
+                found = True
+        return found

@@ -104,13 +104,20 @@ class ObjectStore:
         with self._lock:
             return self._partials.get(key)
 
-    def partial(self, key: bytes, size: int, chunks: int, *, create: bool) -> PartialObject | None:
-        """The partial object with chunk-list identity ``key``; None if absent and not created."""
+    def partial(
+        self, key: bytes, size: int, chunks: int, digest: bytes | None, *, create: bool
+    ) -> PartialObject | None:
+        """The partial object with chunk-list identity ``key``.
+
+        None if it is absent and not to be created, or is the object ``digest`` already.
+        """
         with self._lock:
             found = self._partials.get(key)
             if found is not None:
                 self._partials.move_to_end(key)
                 return found
+            if digest is not None and os.path.exists(self.path(digest)):
+                return None
             path = self._partial / key.hex()
             try:
                 if not create and not path.exists():

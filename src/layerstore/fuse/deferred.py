@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from layerstore import limits
-from layerstore.errors import LayerstoreError
+from layerstore.errors import ContentError, LayerstoreError
 from layerstore.fuse.operations import Answer
 from layerstore.fuse.session import Request
 from layerstore.provider import Layer, Layers, View, WorkerPool
@@ -54,30 +54,32 @@ class DeferredReader:
         )
 
     def _read_or_fetch(
-        self, request: Request, slot: int, entry: int, offset: int, size: int
+        self, request: Request, slot: int, entry: int, offset: int, size: int, tries: int = 2
     ) -> None:
-        """In a worker: read from disk, or have it fetched and read it then."""
+        """In a worker: read what is stored, or have it fetched and read it then.
+
+        Stored bytes that turn out to be wrong are fetched once more.
+        """
         try:
             content = self._layers.open(slot).content
-            data = content.read_stored(entry, offset, size)
-            if data is not None:
-                request.reply(data)
-                return
+            try:
+                data = content.read_stored(entry, offset, size)
+            except ContentError:
+                if not tries:
+                    raise
+                data = None
         except (LayerstoreError, OSError) as error:
             request.reply(self._read_failed(slot, entry, error))
             return
+        if data is not None:
+            request.reply(data)
+            return
 
         def done(error: Exception | None) -> None:
-            data: bytes | None = None
-            try:
-                if error is None:
-                    data = content.read_stored(entry, offset, size)
-            except (LayerstoreError, OSError) as caught:
-                error = caught
-            if data is None:
-                request.reply(self._read_failed(slot, entry, error))
+            if error is None and tries:
+                self._read_or_fetch(request, slot, entry, offset, size, tries - 1)
             else:
-                request.reply(data)
+                request.reply(self._read_failed(slot, entry, error))
 
         content.fetch(entry, offset, size, done)
 

@@ -161,7 +161,7 @@ class Loader:
             while len(data) < length:
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded("the TOC did not arrive in time")
-                piece = reader.read(min(limits.STREAM_BULK_BYTES, length - len(data)))
+                piece = reader.read(min(limits.STREAM_BYTES, length - len(data)))
                 if not piece:
                     raise NetworkError("the body ended early")
                 data += piece

@@ -85,14 +85,48 @@ def test_a_well_formed_member_with_other_bytes_is_refused(make_lab):
     assert not lab.objects.has(hashlib.sha256(b"B" * 100).digest())
 
 
-def test_a_failed_unit_is_tried_again_after_a_while(make_lab, monkeypatch):
+def test_wrong_bytes_are_fetched_once_more_and_then_only_after_a_while(make_lab, monkeypatch):
     lab = make_lab([b"A" * 100])
     right = lab.source.blob
     lab.source.blob = bytes(len(right))
+    with pytest.raises(LayerstoreError):
+        lab.read(0)
+    asked = len(lab.source.requests)
+    assert asked == 2
     assert lab.fetch(0) is not None
+    assert len(lab.source.requests) == asked
     lab.source.blob = right
     monkeypatch.setattr(limits, "FAILURE_SECONDS", 0.0)
     assert lab.read(0) == b"A" * 100
+
+
+def test_a_bit_that_flipped_on_the_way_is_no_error(make_lab):
+    lab = make_lab([b"A" * 100])
+    right = lab.source.blob
+    lab.source.blob = bytes(len(right))
+    assert lab.fetch(0) is None
+    lab.source.blob = right
+    assert lab.read(0) == b"A" * 100
+
+
+def test_neighbours_that_came_along_wrong_are_never_shown(make_lab):
+    lab = make_lab([b"good" * 50, b"evil" * 50])
+    right, member = lab.source.blob, lab.layer.member(1)
+    lab.source.blob = right[: member.offset + 12] + b"?" + right[member.offset + 13 :]
+    assert lab.read(0) == b"good" * 50
+    lab.source.blob = right
+    assert lab.read(1) == b"evil" * 50
+    assert lab.content.stats.failed_units == 1
+
+
+def test_completion_fetches_wrong_parts_again(make_lab):
+    lab = make_lab(some_files(50))
+    right, member = lab.source.blob, lab.layer.member(20)
+    lab.source.blob = right[: member.offset + 12] + b"??" + right[member.offset + 14 :]
+    while lab.content.complete_step():
+        lab.source.blob = right
+    assert lab.content.complete
+    assert lab.content.read_blob(0, len(right)) == right
 
 
 def test_a_broken_connection_is_resumed_where_it_broke(make_lab):
@@ -195,7 +229,7 @@ def test_a_file_digest_that_contradicts_its_chunks_is_refused(make_lab):
     until = time.monotonic() + 5
     while time.monotonic() < until:
         try:
-            lab.content.read_stored(0, 0, 10)
+            lab.content.read_stored(0, 0, 5000)
         except VerificationError:
             break
         time.sleep(0.01)
