@@ -1,0 +1,181 @@
+"""``layerstore convert``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from layerstore.copy import ConvertOptions, ConvertResult, LayerProgress
+from layerstore.copy import convert as convert_image
+from layerstore.copy.convert import Progress as Listener
+from layerstore.errors import ConfigError
+from layerstore.formats import EstargzOptions
+from layerstore.formats.estargz_writer import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL
+from layerstore.image import Platform
+from layerstore.registry import RegistrySettings
+
+_PHASES = {"fetch": "fetching", "write": "writing", "push": "storing", "kept": "keeping"}
+
+
+def convert(
+    src: str,
+    dst: str,
+    /,
+    *,
+    level: Annotated[
+        int, Parameter(help="Compression: 1 to 3 are fast, 4 to 9 small.")
+    ] = DEFAULT_LEVEL,
+    chunk_size: Annotated[
+        int, Parameter(help="Bytes of one chunk of a large file.")
+    ] = DEFAULT_CHUNK_BYTES,
+    min_chunk_size: Annotated[
+        int,
+        Parameter(help="Let small files share a gzip member of about so many bytes; 0: never."),
+    ] = 0,
+    prioritize: Annotated[
+        list[str] | None,
+        Parameter(
+            negative="", help="A file to place first, or @LIST for a file of paths, one a line."
+        ),
+    ] = None,
+    platform: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="Only this os/architecture[/variant]; may be repeated."),
+    ] = None,
+    authfile: Annotated[
+        Path | None, Parameter(help="Credentials, instead of the usual places.")
+    ] = None,
+    tls_verify: Annotated[
+        bool | None, Parameter(help="Demand valid TLS certificates, or allow plain HTTP.")
+    ] = None,
+    force: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Rebuild eStargz layers too.")
+    ] = False,
+    json: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Print one JSON object.")
+    ] = False,
+    quiet: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Show no progress.")
+    ] = False,
+) -> None:
+    """Convert the image SRC to eStargz, so that it can be read lazily, and store it as DST.
+
+    SRC and DST are docker://REFERENCE or oci:DIRECTORY[:TAG].
+    """
+    settings = RegistrySettings.from_system(auth_file=authfile, tls_verify=tls_verify)
+    options = ConvertOptions(
+        estargz=EstargzOptions(level, chunk_size, min_chunk_size, _paths(prioritize or [])),
+        platforms=tuple(Platform.parse(text) for text in platform or []),
+        force=force,
+        source_settings=settings,
+        destination_settings=settings,
+    )
+    with _listener(quiet=quiet) as listener:
+        result = convert_image(src, dst, options, listener)
+    for path in result.not_found:
+        print(f"layerstore: no layer holds the file to place first: {path}", file=sys.stderr)
+    if json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(_report(result))) + b"\n")
+    else:
+        _print(result, dst)
+
+
+def _paths(given: list[str]) -> tuple[str, ...]:
+    paths: list[str] = []
+    for one in given:
+        if not one.startswith("@"):
+            paths.append(one)
+            continue
+        try:
+            text = Path(one[1:]).read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            raise ConfigError(error.strerror or str(error), subject=one[1:]) from error
+        paths += [line for line in text.splitlines() if line.strip()]
+    return tuple(paths)
+
+
+@contextmanager
+def _listener(*, quiet: bool) -> Iterator[Listener | None]:
+    """Progress bars on a terminal, one line for each finished layer elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield None
+        return
+    if not console.is_terminal:
+        yield _plain_lines
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console) as bars:
+        yield _bars(bars)
+
+
+def _plain_lines(event: LayerProgress) -> None:
+    if event.phase == "done":
+        print(f"{event.layer[:19]} done, {event.total} bytes", file=sys.stderr, flush=True)
+
+
+def _bars(bars: Progress) -> Listener:
+    tasks: dict[str, TaskID] = {}
+
+    def show(event: LayerProgress) -> None:
+        task = tasks.get(event.layer)
+        if task is None:
+            task = tasks[event.layer] = bars.add_task("", total=None)
+        if event.phase == "done":
+            bars.update(task, description=f"{event.layer[7:19]} done", completed=event.total)
+        else:
+            phase = _PHASES[event.phase]
+            bars.update(task, description=f"{event.layer[7:19]} {phase}", completed=event.done)
+        bars.update(task, total=event.total)
+
+    return show
+
+
+def _report(result: ConvertResult) -> dict[str, Any]:
+    return {
+        "source": str(result.source),
+        "digest": str(result.digest),
+        "mediaType": result.media_type,
+        "images": [
+            {
+                "platform": str(image.platform),
+                "source": str(image.source),
+                "digest": str(image.digest),
+                "layers": [
+                    {
+                        "source": str(layer.source),
+                        "sourceSize": layer.source_size,
+                        "digest": str(layer.digest),
+                        "size": layer.size,
+                        "diffId": str(layer.diff_id),
+                        "tocDigest": None if layer.toc_digest is None else str(layer.toc_digest),
+                        "kept": layer.kept,
+                    }
+                    for layer in image.layers
+                ],
+            }
+            for image in result.images
+        ],
+        "notFound": list(result.not_found),
+    }
+
+
+def _print(result: ConvertResult, dst: str) -> None:
+    for image in result.images:
+        before = sum(layer.source_size for layer in image.layers)
+        after = sum(layer.size for layer in image.layers)
+        kept = sum(layer.kept for layer in image.layers)
+        print(
+            f"{image.platform}: {image.digest}, {len(image.layers)} layers ({kept} kept),"
+            f" {decimal(before)} -> {decimal(after)}"
+        )
+    print(f"{dst}@{result.digest}")

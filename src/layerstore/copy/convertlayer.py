@@ -1,0 +1,325 @@
+"""One layer on its way from source to destination, rebuilt as eStargz or kept.
+
+The layer is fetched once: its blob digest and the diff ID that the config states are
+checked while the tar stream is written to a temporary file, from which the eStargz
+blob is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from layerstore.copy.transport import (
+    PIECE_BYTES,
+    HashedStream,
+    ImageDestination,
+    ImageSource,
+    file_pieces,
+)
+from layerstore.errors import (
+    ContentError,
+    LayerstoreError,
+    StorageError,
+    UnsupportedFormat,
+    VerificationError,
+)
+from layerstore.formats import (
+    FOOTER_BYTES,
+    EstargzOptions,
+    LayerStream,
+    parse_footer,
+    read_toc,
+    write_estargz,
+)
+from layerstore.image import Descriptor, Digest, media_types, toc_digest
+from layerstore.image.annotations import ESTARGZ_TOC_DIGEST
+
+_LAYER_TYPES: Final = frozenset(
+    (
+        media_types.OCI_LAYER,
+        media_types.OCI_LAYER_GZIP,
+        media_types.OCI_LAYER_ZSTD,
+        media_types.DOCKER_LAYER,
+        media_types.DOCKER_LAYER_GZIP,
+        media_types.DOCKER_LAYER_ZSTD,
+    )
+)
+_TO_OCI: Final = {
+    media_types.DOCKER_LAYER: media_types.OCI_LAYER,
+    media_types.DOCKER_LAYER_GZIP: media_types.OCI_LAYER_GZIP,
+    media_types.DOCKER_LAYER_ZSTD: media_types.OCI_LAYER_ZSTD,
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": (
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+    ),
+}
+_NOT_DISTRIBUTED: Final = frozenset(
+    (
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+    )
+)
+_STALE_PREFIXES: Final = (
+    "io.github.containers.zstd-chunked.",
+    "io.containers.zstd-chunked.",
+    "containerd.io/snapshot/remote/",
+    "containerd.io/snapshot/stargz/",
+    "io.containers.estargz.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """Where a layer stands: ``phase`` is fetch, write, push, kept or done; counts in bytes."""
+
+    layer: Digest
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedLayer:
+    """What became of a layer; ``kept`` says that its bytes are the source's.
+
+    Sizes are bytes of the compressed blobs.  ``prioritized`` are the early files it holds.
+    """
+
+    source: Digest
+    source_size: int
+    digest: Digest
+    size: int
+    diff_id: Digest
+    toc_digest: Digest | None
+    media_type: str
+    annotations: dict[str, str]
+    kept: bool
+    prioritized: tuple[str, ...] = ()
+
+
+class LayerConverter:
+    """Converts layers with one set of options; its method may run in several threads."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        destination: ImageDestination,
+        options: EstargzOptions,
+        *,
+        rebuild: bool,
+        threads: int,
+        scratch: Path | None,
+        progress: Callable[[LayerProgress], None],
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._options = options
+        self._rebuild = rebuild
+        self._threads = threads
+        self._scratch = scratch
+        self._progress = progress
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Make running conversions end soon, with an error nobody will see."""
+        self._stopped.set()
+
+    def convert(self, layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
+        """Bring the layer to the destination.
+
+        Raises ``VerificationError`` for wrong content, the errors of the transports and
+        of ``write_estargz``, all naming the layer.
+        """
+        try:
+            if layer.media_type in _NOT_DISTRIBUTED:
+                return _unchanged(layer, diff_id)
+            if layer.media_type not in _LAYER_TYPES:
+                raise UnsupportedFormat(f"layers of type {layer.media_type} are not converted")
+            if not self._rebuild and self._is_estargz(layer):
+                self._copy(layer, diff_id)
+                return _unchanged(layer, diff_id)
+            return self._convert(layer, diff_id)
+        except OSError as error:
+            raise StorageError(
+                error.strerror or str(error), subject=f"layer {layer.digest}"
+            ) from error
+        except LayerstoreError as error:
+            if not error.subject:
+                error.subject = f"layer {layer.digest}"
+            raise
+
+    def copy_blob(self, blob: Descriptor) -> None:
+        """Move a blob that is no layer as it is, verified on the way."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="layerstore-", dir=self._scratch) as directory:
+                path = Path(directory, "blob")
+                with (
+                    path.open("wb") as file,
+                    self._source.open_blob(blob.digest, blob.size) as stream,
+                ):
+                    hashed = HashedStream(stream, blob.digest, lambda _: self._check())
+                    while data := hashed.read(PIECE_BYTES):
+                        file.write(data)
+                    hashed.verify(blob.size, f"blob {blob.digest}")
+                self._destination.put_blob(blob.digest, file_pieces(path), blob.size)
+        except OSError as error:
+            raise StorageError(
+                error.strerror or str(error), subject=f"blob {blob.digest}"
+            ) from error
+
+    def _is_estargz(self, layer: Descriptor) -> bool:
+        """Say whether the blob really has the TOC that its annotation promises."""
+        try:
+            promised = toc_digest(layer.annotations)
+            if promised is None or layer.size < FOOTER_BYTES:
+                return False
+            read = self._source.read_range
+            tail = read(layer.digest, layer.size, layer.size - FOOTER_BYTES, FOOTER_BYTES)
+            footer = parse_footer(tail, layer.size)
+            member = read(layer.digest, layer.size, footer.toc_offset, footer.toc_size)
+            return Digest.of(read_toc(member)) == promised
+        except ContentError:
+            return False
+
+    def _copy(self, layer: Descriptor, diff_id: Digest) -> None:
+        """Move a blob as it is, verified on the way, unless the destination has it."""
+        self._tell(layer, "kept", 0)
+        if not self._destination.has_blob(
+            layer.digest, layer.size
+        ) and not self._destination.take_over(self._source, layer.digest):
+            with tempfile.TemporaryDirectory(prefix="layerstore-", dir=self._scratch) as directory:
+                blob = Path(directory, "blob")
+                with blob.open("wb") as file:
+                    self._fetch(layer, diff_id, compressed=file)
+                self._destination.put_blob(layer.digest, file_pieces(blob), layer.size)
+        self._tell(layer, "done", layer.size)
+
+    def _convert(self, layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
+        with tempfile.TemporaryDirectory(prefix="layerstore-", dir=self._scratch) as directory:
+            tar_path, blob_path = Path(directory, "tar"), Path(directory, "blob")
+            with tar_path.open("w+b") as tar, blob_path.open("wb") as blob:
+                total = self._fetch(layer, diff_id, tar=tar)
+                written = 0
+
+                def count(size: int) -> None:
+                    nonlocal written
+                    written += size
+                    self._check()
+                    self._tell(layer, "write", min(written, total), total)
+
+                result = write_estargz(
+                    tar, blob, self._options, threads=self._threads, progress=count
+                )
+            os.unlink(tar_path)
+            self._check()
+            self._tell(layer, "push", 0, result.size)
+            if not self._destination.has_blob(result.digest, result.size):
+                self._destination.put_blob(result.digest, file_pieces(blob_path), result.size)
+        self._tell(layer, "done", result.size, result.size)
+        kept = {
+            key: value
+            for key, value in layer.annotations.items()
+            if not key.startswith(_STALE_PREFIXES)
+        }
+        return ConvertedLayer(
+            source=layer.digest,
+            source_size=layer.size,
+            digest=result.digest,
+            size=result.size,
+            diff_id=result.diff_id,
+            toc_digest=result.toc_digest,
+            media_type=media_types.OCI_LAYER_GZIP,
+            annotations=kept | result.annotations,
+            kept=False,
+            prioritized=result.prioritized,
+        )
+
+    def _fetch(
+        self,
+        layer: Descriptor,
+        diff_id: Digest,
+        *,
+        tar: BinaryIO | None = None,
+        compressed: BinaryIO | None = None,
+    ) -> int:
+        """Read the layer once, checking both digests; return the length of the tar stream."""
+        fetched = 0
+
+        def count(size: int) -> None:
+            nonlocal fetched
+            fetched += size
+            self._check()
+            self._tell(layer, "fetch", min(fetched, layer.size))
+
+        subject = f"layer {layer.digest}"
+        plain = hashlib.new(diff_id.algorithm)
+        length = 0
+        with self._source.open_blob(layer.digest, layer.size) as stream:
+            hashed = HashedStream(stream, layer.digest, count)
+            source = hashed if compressed is None else _Tee(hashed, compressed)
+            try:
+                tar_stream = LayerStream(source)
+                while data := tar_stream.read(PIECE_BYTES):
+                    plain.update(data)
+                    length += len(data)
+                    if tar is not None:
+                        tar.write(data)
+                while source.read(PIECE_BYTES):
+                    pass
+            except ContentError:
+                # Damage on the way and a bad image are different faults: see which it is.
+                hashed.verify(layer.size, subject)
+                raise
+            hashed.verify(layer.size, subject)
+        found = f"{diff_id.algorithm}:{plain.hexdigest()}"
+        if found != diff_id:
+            raise VerificationError(
+                f"the config states the diff ID {diff_id}, the layer has {found}",
+                subject=subject,
+                advice="the image contradicts itself: build or push it anew",
+            )
+        return length
+
+    def _check(self) -> None:
+        if self._stopped.is_set():
+            raise StorageError("stopped because another layer failed")
+
+    def _tell(self, layer: Descriptor, phase: str, done: int, total: int | None = None) -> None:
+        self._progress(
+            LayerProgress(layer.digest, phase, done, layer.size if total is None else total)
+        )
+
+
+class _Tee:
+    def __init__(self, stream: HashedStream, copy: BinaryIO) -> None:
+        self._stream = stream
+        self._copy = copy
+
+    def read(self, n: int, /) -> bytes:
+        data = self._stream.read(n)
+        self._copy.write(data)
+        return data
+
+
+def _unchanged(layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
+    return ConvertedLayer(
+        source=layer.digest,
+        source_size=layer.size,
+        digest=layer.digest,
+        size=layer.size,
+        diff_id=diff_id,
+        toc_digest=(
+            toc_digest(layer.annotations) if ESTARGZ_TOC_DIGEST in layer.annotations else None
+        ),
+        media_type=_TO_OCI.get(layer.media_type, layer.media_type),
+        annotations=dict(layer.annotations),
+        kept=True,
+    )

@@ -1,0 +1,145 @@
+"""The transport ``docker://REFERENCE``: a repository of a registry."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from layerstore import limits
+from layerstore.copy.transport import ImageSource, Pieces
+from layerstore.errors import NetworkError, RegistryError, UsageError
+from layerstore.image import Digest, Reference
+from layerstore.registry import BlobReader, FetchedManifest, RegistryClient
+
+
+class RegistryImage:
+    """Source and destination in one; closing it leaves the client to its owner."""
+
+    def __init__(self, client: RegistryClient, reference: Reference) -> None:
+        self._client = client
+        self.reference = reference
+
+    # -- source -------------------------------------------------------------------
+
+    def manifest(self, digest: Digest | None = None) -> FetchedManifest:
+        """See ``ImageSource``."""
+        return self._client.manifest(self.reference, digest)
+
+    def blob(self, digest: Digest, limit: int) -> bytes:
+        """See ``ImageSource``."""
+        return self._client.blob(self.reference, digest, limit)
+
+    def open_blob(self, digest: Digest, size: int) -> _Resumed:
+        """See ``ImageSource``; a connection that breaks is taken up where it broke."""
+        return _Resumed(self._client, self.reference, digest, size)
+
+    def read_range(self, digest: Digest, size: int, offset: int, length: int) -> bytes:
+        """See ``ImageSource``; a registry without ranges sends the blob from its start."""
+        if length <= 0:
+            return b""
+        with self._client.open_blob(
+            self.reference, digest, offset=offset, length=length, size=size
+        ) as reader:
+            _skip(reader, offset - reader.start)
+            return reader.read(length)
+
+    def close(self) -> None:
+        """The client is closed by its owner."""
+
+    # -- destination --------------------------------------------------------------
+
+    def has_blob(self, digest: Digest, size: int) -> bool:
+        """See ``ImageDestination``."""
+        return self._client.has_blob(self.reference, digest)
+
+    def take_over(self, source: ImageSource, digest: Digest) -> bool:
+        """Mount a blob from another repository of the same registry."""
+        if not isinstance(source, RegistryImage):
+            return False
+        try:
+            return self._client.mount_blob(self.reference, digest, source.reference)
+        except RegistryError:
+            return False  # a convenience: what is wrong with the push, the upload will tell
+
+    def put_blob(self, digest: Digest, pieces: Pieces, size: int) -> None:
+        """See ``ImageDestination``."""
+        self._client.upload_blob(self.reference, digest, pieces, size)
+
+    def put_manifest(self, raw: bytes, media_type: str, *, top: bool) -> None:
+        """See ``ImageDestination``."""
+        reference = self.reference if top else self.reference.with_digest(Digest.of(raw))
+        self._client.put_manifest(reference, raw, media_type)
+
+
+def destination_reference(text: str) -> Reference:
+    """Read the reference of a destination; its digest cannot be known beforehand."""
+    reference = Reference.parse(text)
+    if reference.digest is not None:
+        raise UsageError("a destination is named by a tag, not by a digest", subject=text)
+    return reference
+
+
+class _Resumed:
+    def __init__(
+        self, client: RegistryClient, reference: Reference, digest: Digest, size: int
+    ) -> None:
+        self._client = client
+        self._reference = reference
+        self._digest = digest
+        self._size = size
+        self._offset = 0
+        self._failures = 0
+        self._reader: BlobReader | None = None
+
+    def read(self, n: int, /) -> bytes:
+        while self._offset < self._size:
+            try:
+                if self._reader is None:
+                    self._reader = self._open()
+                data = self._reader.read_some(n)
+            except NetworkError:
+                self._close()
+                self._failures += 1
+                if self._failures >= limits.ATTEMPTS:
+                    raise
+                time.sleep(limits.BACKOFF_FIRST_SECONDS * 2**self._failures)
+                continue
+            if not data:
+                break
+            self._offset += len(data)
+            self._failures = 0
+            return data
+        return b""
+
+    def _open(self) -> BlobReader:
+        reader = self._client.open_blob(
+            self._reference, self._digest, offset=self._offset, size=self._size
+        )
+        try:
+            _skip(reader, self._offset - reader.start)
+        except BaseException:
+            reader.close()
+            raise
+        return reader
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+
+def _skip(reader: BlobReader, count: int) -> None:
+    while count > 0 and (data := reader.read_some(count)):
+        count -= len(data)
