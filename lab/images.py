@@ -160,6 +160,7 @@ def _small_sources(marker: str, big_bytes: int) -> list[LayerSource]:
 
 
 def _small_data(big_bytes: int) -> list[Member]:
+    first = tars.regular(b"data/links/first", noise(3000, 1), uid=1000, gid=50)
     members = [
         tars.directory(b"./"),
         tars.directory(b"data/"),
@@ -172,7 +173,7 @@ def _small_data(big_bytes: int) -> list[Member]:
         ),
         tars.regular(b"data/empty"),
         tars.directory(b"data/links/"),
-        tars.regular(b"data/links/first", noise(3000, 1), uid=1000, gid=50),
+        first,
         # as tar writes them: extraction applies the owner of a link's own entry
         tars.hard_link(b"data/links/second", b"data/links/first", uid=1000, gid=50),
         tars.hard_link(b"data/third", b"data/links/first", uid=1000, gid=50),

@@ -92,9 +92,18 @@ def symlink(name: bytes, target: bytes, **more: Any) -> Member:
     return _member(name, SYMLINK, 0o777, {"link": target, **more})
 
 
-def hard_link(name: bytes, target: bytes, **more: Any) -> Member:
-    """A further name of `target`, which is a name inside the same archive."""
-    return _member(name, HARD_LINK, 0o644, {"link": target, **more})
+def hard_link(name: bytes, target: bytes | Member, **more: Any) -> Member:
+    """A further name of `target`, which is a name or a member of the same archive.
+
+    A member's mode, owner and time are repeated, as archivers do: extraction sets them again, so
+    other ones would change the file under all its names.
+    """
+    if isinstance(target, Member):
+        same = {"mode": target.mode, "uid": target.uid, "gid": target.gid}
+        more = {**same, "mtime_ns": target.mtime_ns, "link": target.name, **more}
+    else:
+        more = {"link": target, **more}
+    return _member(name, HARD_LINK, 0o644, more)
 
 
 def whiteout(name: bytes, **more: Any) -> Member:

@@ -19,9 +19,7 @@ from lab.images import base_members, cached, noise, tar_bytes
 from lab.oci import LayerSource, RunConfig, StoredImage
 from lab.tars import Member, Zeros
 
-INEXACT_TIMES: Final = frozenset(
-    {b"torture/times/early-fraction", b"torture/times/late-fraction", b"torture/times/before-1970"}
-)
+INEXACT_TIMES: Final = frozenset({b"torture/times/early-fraction", b"torture/times/late-fraction"})
 """Paths whose time a TOC cannot say exactly: it has whole seconds."""
 
 IMPLICIT_DIRECTORIES: Final = frozenset({b".", b"torture/implicit", b"torture/implicit/deep"})
@@ -35,14 +33,18 @@ RAW_NAMES: Final = frozenset(
         b"torture/raw/" + b"\xff" * 255,
         b"torture/raw/link",
         b"torture/raw/linked-\xe9",
+        b"torture/raw/replaced-\xef\xbf\xbd",
     }
 )
-"""The layer of names and link targets that are no UTF-8, which JSON cannot carry."""
+"""The layer of names that are no UTF-8, which the JSON of common converters cannot carry.
+
+One name holds U+FFFD itself, which such converters put in the place of what they cannot write.
+"""
 
 HUGE_SIZE: Final = (4 << 30) + (5 << 20) + 12345
 HUGE_TAIL: Final = b"the end of a huge file\n"
 
-_RECIPE: Final = 1
+_RECIPE: Final = 2
 _HUGE_RECIPE: Final = 1
 _NS: Final = 10**9
 _TOP: Final = b"torture/"
@@ -143,6 +145,7 @@ def _times() -> list[Member]:
         b"one": _NS,
         b"before-1970": -86400 * _NS,
         b"after-2106": 5_000_000_000 * _NS,
+        b"after-2262": 13_569_465_600 * _NS,
         b"early-fraction": 1_600_000_000 * _NS + 123_456_789,
         b"late-fraction": 1_600_000_000 * _NS + 987_654_321,
     }
@@ -163,7 +166,7 @@ def _names() -> list[Member]:
         *(b"new\nline", b"tab\t", b"bell\a", b"escape\x1b[31m", b"delete\x7f", b"\x01"),
         *(b".wh", b"a.wh.b", b"wh.", b".hidden", b".prefetch.landmark", b"stargz.index.json"),
     ]
-    texts = ["é", "e\u0301", "日本語", "🦭", "\u202eright-to-left", "ﬀ", "K", "\ufffd", "\u2028"]
+    texts = ["é", "e\u0301", "日本語", "🦭", "\u202eright-to-left", "ﬀ", "K", "\u2028"]
     odd += [text.encode() for text in texts]
     odd += [b"x" * 255, "é".encode() * 127 + b"x", b"y" * 100, b"z" * 101]
     members = [tars.directory(at)]
@@ -193,27 +196,31 @@ def _raw_names() -> list[Member]:
         tars.regular(at + b"\xff" * 255, b"255 raw bytes, in a PAX record\n"),
         tars.symlink(at + b"link", b"latin-\xe9"),
         tars.hard_link(at + b"linked-\xe9", at + b"latin-\xe9"),
+        tars.regular(at + b"replaced-\xef\xbf\xbd", b"a replacement character\n"),
     ]
 
 
 def _links() -> list[Member]:
     at = _TOP + b"links/"
-    long = b"/".join([b"t" * 200] * 20)[:4090]
+    long = b"/".join([b"t" * 200] * 21)[:4095]
+    first = tars.regular(at + b"a/first", noise(70000, 6), uid=7, gid=8, mode=0o640)
+    symlink = tars.symlink(at + b"to-first", b"a/first")
+    fifo = tars.Member(at + b"fifo", tars.FIFO, mode=0o600)
     return [
         tars.directory(at),
         tars.directory(at + b"a/"),
-        tars.regular(at + b"a/first", noise(70000, 6), uid=7, gid=8, mode=0o640),
-        tars.hard_link(at + b"a/second", at + b"a/first", uid=7, gid=8, mode=0o640),
+        first,
+        tars.hard_link(at + b"a/second", first),
         tars.directory(at + b"b/"),
         tars.directory(at + b"b/c/"),
-        tars.hard_link(at + b"b/c/third", at + b"a/first", uid=7, gid=8, mode=0o640),
-        tars.hard_link(at + b"b/of-a-link", at + b"b/c/third", uid=7, gid=8, mode=0o640),
+        tars.hard_link(at + b"b/c/third", first),
+        tars.hard_link(at + b"b/of-a-link", first, link=at + b"b/c/third"),
         tars.regular(at + b"empty"),
         tars.hard_link(at + b"also-empty", at + b"empty"),
-        tars.symlink(at + b"to-first", b"a/first"),
-        tars.hard_link(at + b"same-symlink", at + b"to-first"),
-        tars.Member(at + b"fifo", tars.FIFO, mode=0o600),
-        tars.hard_link(at + b"same-fifo", at + b"fifo"),
+        symlink,
+        tars.hard_link(at + b"same-symlink", symlink),
+        fifo,
+        tars.hard_link(at + b"same-fifo", fifo),
         tars.symlink(at + b"absolute", b"/torture/links/a/first"),
         tars.symlink(at + b"dangling", b"nowhere/at/all"),
         tars.symlink(at + b"self", b"self"),
@@ -233,6 +240,11 @@ def _attributes() -> list[Member]:
     default = xattrs.posix_acl(owner=7, groups={50: 5}, group=5, mask=5, other=5)
     capability = xattrs.file_capability(xattrs.CAP_NET_RAW, xattrs.CAP_NET_BIND_SERVICE)
     inherited = xattrs.file_capability(xattrs.CAP_SYS_PTRACE, effective=False)
+    capable = tars.regular(
+        at + b"capable", b"c\n", mode=0o755, xattrs={xattrs.CAPABILITY: capability}
+    )
+    # Extraction creates it below a directory whose default ACL it would inherit.
+    inside = xattrs.posix_acl(owner=6, groups={50: 4}, group=4, mask=4, other=4)
     several = {b"user.%02d" % number: noise(40, number) for number in range(20)}
     return [
         tars.directory(at, xattrs={b"user.directory": b"yes", b"trusted.directory": b"yes"}),
@@ -240,12 +252,12 @@ def _attributes() -> list[Member]:
         tars.regular(at + b"great", b"g\n", xattrs={b"user.great": noise(3000, 7)}),
         tars.regular(at + b"several", b"s\n", xattrs=several),
         tars.regular(at + b"long-name", b"l\n", xattrs={b"user." + b"n" * 250: b"v"}),
-        tars.regular(at + b"capable", b"c\n", mode=0o755, xattrs={xattrs.CAPABILITY: capability}),
-        tars.hard_link(at + b"capable-too", at + b"capable"),
+        capable,
+        tars.hard_link(at + b"capable-too", capable),
         tars.regular(at + b"permitted", b"p\n", mode=0o755, xattrs={xattrs.CAPABILITY: inherited}),
         tars.regular(at + b"acl", b"a\n", mode=0o660, xattrs={xattrs.ACL_ACCESS: access}),
         tars.directory(at + b"acl-default", xattrs={xattrs.ACL_DEFAULT: default}),
-        tars.regular(at + b"acl-default/inside", b"i\n"),
+        tars.regular(at + b"acl-default/inside", b"i\n", xattrs={xattrs.ACL_ACCESS: inside}),
         tars.symlink(at + b"symlink", b"user", xattrs={b"trusted.link": b"on the link"}),
         tars.Member(at + b"fifo", tars.FIFO, xattrs={b"trusted.fifo": b"on the fifo"}),
     ]

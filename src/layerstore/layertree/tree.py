@@ -57,7 +57,7 @@ from .names import (
     subject_of,
 )
 from .nametable import NONE, NameTable
-from .times import parse_time_ns
+from .times import MAX_NS, parse_time_ns
 
 ROOT: Final = 0
 
@@ -362,9 +362,11 @@ class Tree:
     @staticmethod
     def _time(entry: TocEntry, subject: str) -> int:
         try:
-            return parse_time_ns(entry.modtime)
+            time = parse_time_ns(entry.modtime)
         except InvalidLayer as error:
             raise InvalidLayer(error.what, subject=subject) from error
+        # containers/storage extracts what it cannot count in nanoseconds since 1970 as 1970.
+        return time if 0 <= time < MAX_NS else 0
 
     def _record(self, kind: int, mode: int, *, uid: int = 0, gid: int = 0, mtime: int = 0) -> int:
         return self._append(kind, RECORD.pack(mode, uid, gid, 0, 0, 0, 0, mtime, 0, 0, 0, 0, 0, 0))

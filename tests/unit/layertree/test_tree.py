@@ -47,6 +47,12 @@ def test_the_root_takes_its_entry(toc: Any, name: str) -> None:
     assert index.lookup(0, b"a") == 1
 
 
+@pytest.mark.parametrize("modtime", ["1969-12-31T00:00:00Z", "2400-01-01T00:00:00Z"])
+def test_times_that_an_extraction_does_not_set_are_the_epoch(toc: Any, modtime: str) -> None:
+    index = toc.build([toc.dir("a", 0o755, modtime=modtime)])
+    assert index.inode(at(index, "a")).mtime_ns == 0
+
+
 @pytest.mark.parametrize("kind", ["reg", "symlink", "hardlink", "fifo"])
 def test_the_root_is_a_directory(toc: Any, kind: str) -> None:
     with pytest.raises(InvalidLayer, match="root"):
