@@ -84,6 +84,7 @@ BACKGROUND_RETRY_SECONDS: Final = 15.0  # after a failure, doubled up to
 BACKGROUND_RETRY_MAX_SECONDS: Final = 600.0
 STREAM_BYTES: Final = 256 * KIB  # taken from a connection at once, at most
 JOIN_POLL_SECONDS: Final = 0.02
+OPEN_FILES: Final = 65_536  # descriptors of the service, where permitted
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 
 # -- provider ------------------------------------------------------------------

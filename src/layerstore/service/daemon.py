@@ -11,6 +11,7 @@ import fcntl
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from layerstore import __version__, fuse
+from layerstore import __version__, fuse, limits
 from layerstore.errors import MountError, ServiceError, StorageError
 from layerstore.fuse.layerstore_fs import StoreFilesystem
 from layerstore.provider import Store
@@ -40,6 +41,7 @@ def serve(mountpoint: Path, root: Path, config: Config) -> None:
     and ConfigError.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    _raise_file_limit()
     _make_directories(mountpoint, root)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(root))
@@ -116,6 +118,14 @@ def _make_directories(mountpoint: Path, root: Path) -> None:
         mountpoint.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MountError(f"cannot create: {error.strerror}", subject=str(mountpoint)) from error
+
+
+def _raise_file_limit() -> None:
+    """Take as many descriptors as are permitted: three a layer, and those of open objects."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, limits.OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _path(text: str | None) -> Path | None:
