@@ -12,8 +12,7 @@ from typing import Annotated, NoReturn
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from layerstore import __version__
-
-# CONV
+from layerstore.cli.convert import convert
 from layerstore.cli.serve import serve
 from layerstore.cli.status import status
 from layerstore.errors import Fault, LayerstoreError
@@ -26,7 +25,7 @@ app = App(
 )
 app.command(serve)
 app.command(status)
-# CONV2
+app.command(convert)
 
 
 @app.meta.default
