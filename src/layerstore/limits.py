@@ -93,6 +93,7 @@ RESOLVE_QUEUE: Final = 256  # lookups waiting for a resolver
 RESOLVE_WORKERS: Final = 8
 REFRESH_SECONDS: Final = 10.0  # a reference is not resolved again sooner than this
 FAILURE_SECONDS: Final = 5.0  # a failed resolution is remembered this long at most
+UNREACHABLE_SECONDS: Final = 15.0  # lookups of an image whose registry gave no answer rest so long
 TRANSIENT_NAMES: Final = 65_536  # reference and layer names remembered without a layer
 
 # -- file system -----------------------------------------------------------------

@@ -65,7 +65,7 @@ class LayerContent:
         self._ingester = Ingester(name, layer_map, objects, scheduler, self.stats, stats)
         self._fetcher = Fetcher(name, self._blob, scheduler, source, self.stats, stats)
         self._needed = bytearray(self._blob.units)
-        self._verified = verified
+        self._verified = verified and self._blob.present.full
         self._verifying = threading.Lock()
         self._scrubbed = False
         self._blob_error: VerificationError | None = None

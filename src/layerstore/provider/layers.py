@@ -126,6 +126,9 @@ class Layers:
             pass
         except OSError as error:
             raise StorageError(f"cannot read: {error.strerror}", subject=str(end)) from error
+        if self._state.is_complete(record.slot) and not content.complete:
+            _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
+            self._state.set_complete(record.slot, False)
         return Layer(record, index, content)
 
     def _read_blob(self, record: LayerRecord, offset: int, length: int) -> BlobReader:

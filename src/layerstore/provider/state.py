@@ -238,11 +238,14 @@ class State:
         """Whether the whole blob was stored and its digest checked."""
         return slot in self._complete
 
-    def set_complete(self, slot: int) -> None:
-        """The whole blob is stored and its digest was checked."""
+    def set_complete(self, slot: int, complete: bool = True) -> None:
+        """Remember whether the whole blob is stored and its digest was checked."""
         with self._lock:
-            self._write("UPDATE layers SET complete = 1 WHERE slot = ?", slot)
-            self._complete.add(slot)
+            self._write("UPDATE layers SET complete = ? WHERE slot = ?", complete, slot)
+            if complete:
+                self._complete.add(slot)
+            else:
+                self._complete.discard(slot)
 
     # -- views ---------------------------------------------------------------------
 

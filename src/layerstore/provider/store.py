@@ -17,7 +17,7 @@ from pathlib import Path
 
 from layerstore import limits
 from layerstore.content import ObjectStore, Scheduler
-from layerstore.errors import LayerstoreError, StorageError
+from layerstore.errors import LayerstoreError, NetworkError, StorageError
 from layerstore.image import Descriptor, Digest, uncompressed_size
 from layerstore.provider import names
 from layerstore.provider.images import Images, Match
@@ -70,6 +70,7 @@ class Store:
         self._lookups: Counter[str] = Counter()
         self._pending: dict[int, list[Answer]] = {}
         self._refused: OrderedDict[int, tuple[float, Refusal]] = OrderedDict()
+        self._unreachable: OrderedDict[str, tuple[float, Refusal]] = OrderedDict()
         self._uses_lock = threading.Lock()
         self._uses_changed: set[int] = set()
         self._uses_wanted = threading.Event()
@@ -113,11 +114,10 @@ class Store:
             answer(known)
             return
         with self._lock:
-            when, refusal = self._refused.get(key, (0.0, None))
-            if refusal is not None and time.monotonic() - when < limits.FAILURE_SECONDS:
+            refusal = self._recent_refusal(key, reference)
+            if refusal is not None:
                 self._lookups[refusal.reason] += 1
             else:
-                refusal = None
                 waiting = self._pending.get(key)
                 if waiting is not None:
                     waiting.append(answer)
@@ -130,6 +130,17 @@ class Store:
         if not self._resolvers.submit(lambda: self._resolve(key, reference, name, deadline)):
             self._answer(key, reference, name, Refusal(BUSY, "too many lookups are waiting"))
 
+    def _recent_refusal(self, key: int, reference: str) -> Refusal | None:
+        """What was refused a moment ago; an unreachable registry is not tried for each layer."""
+        now = time.monotonic()
+        when, refusal = self._refused.get(key, (0.0, None))
+        if refusal is not None and now - when < limits.FAILURE_SECONDS:
+            return refusal
+        when, refusal = self._unreachable.get(reference, (0.0, None))
+        if refusal is not None and now - when < limits.UNREACHABLE_SECONDS:
+            return refusal
+        return None
+
     def _resolve(self, key: int, reference: str, name: Digest, deadline: float) -> None:
         result: View | Refusal
         try:
@@ -138,10 +149,19 @@ class Store:
             result = self._find(reference, name, deadline)
         except LayerstoreError as error:
             result = Refusal.of(error)
+            if reference and isinstance(error, NetworkError):
+                self._set_unreachable(reference, result)
         except Exception:
             _log.exception("lookup of %s in %s failed", name, reference)
             result = Refusal("internal", "unexpected failure, see the log")
         self._answer(key, reference, name, result)
+
+    def _set_unreachable(self, reference: str, refusal: Refusal) -> None:
+        with self._lock:
+            self._unreachable[reference] = (time.monotonic(), refusal)
+            self._unreachable.move_to_end(reference)
+            while len(self._unreachable) > limits.RESOLVE_QUEUE:
+                self._unreachable.popitem(last=False)
 
     def _answer(self, key: int, reference: str, name: Digest, result: View | Refusal) -> None:
         with self._lock:

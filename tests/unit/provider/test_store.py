@@ -302,6 +302,36 @@ def test_a_corrupted_chunk_never_reaches_a_reader(asker, publisher, registry, ca
     assert "refused bytes" in caplog.text
 
 
+def test_a_silent_registry_costs_one_time_out_an_image_not_one_a_layer(
+    asker, publisher, registry, monkeypatch
+):
+    image = publisher.push("app", "1", [{f"f{n}": bytes([n]) * 9} for n in range(5)])
+    monkeypatch.setattr(limits, "RESOLVE_SECONDS", 1.0)
+    registry.fault("stall", match="/blobs/", after=0, seconds=20)
+    start = time.monotonic()
+    for written in image.layers:
+        assert asker.reason(ref(registry), written.toc_digest) in ("timeout", "network")
+    assert time.monotonic() - start < 4
+
+
+def test_a_complete_layer_that_lost_its_blob_is_not_complete(asker, publisher, registry):
+    image = publisher.push("app", "1", FILES)
+    view = asker.view(ref(registry), image.layers[1].toc_digest)
+    content = asker.store.layers.open(view.slot).content
+    while content.complete_step():
+        pass
+    asker.store.layers.mark_complete(view.slot)
+    asker.close()
+    (asker.root / "layers" / str(view.slot) / "blob").write_bytes(b"")
+    asker.open()
+    assert asker.read(view, "app/main") == b"main" * 5000
+    content = asker.store.layers.open(view.slot).content
+    assert content.read_blob(0, 10) is None
+    while content.complete_step():
+        pass
+    assert content.read_blob(0, 1 << 20) == image.blobs[1]
+
+
 def test_too_many_waiting_lookups_are_refused_at_once(asker, registry, monkeypatch):
     registry.fault("stall", match="manifests", after=0, seconds=5)
     answered: list[View | Refusal] = []
