@@ -100,8 +100,8 @@ def compare(
     """The differences as sentences, ordered by path; empty when the trees are equal.
 
     `ignore`: paths left out on both sides.  `ignore_xattrs`: prefixes of attribute names.
-    `any_mtime`: paths whose modification time does not count: the root, and directories that no archive
-    entry describes: each extraction gives those the time of the day.
+    `any_mtime`: paths whose modification time does not count: the root, and directories that no
+    archive entry describes; each extraction gives those the time of the day.
     `seconds`: compare modification times by whole seconds only.
     """
     differences: list[str] = []
