@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from layerstore import limits
 from layerstore.content.blob import BlobFile
 from layerstore.content.flight import Flight, FlightPlan, Waiter
+from layerstore.content.pace import Pace
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
@@ -40,7 +41,8 @@ class Fetcher:
         self._stats = stats
         self._totals = totals
         self._lock = threading.Lock()
-        self._plan = FlightPlan(_Units(blob))
+        self._pace = Pace()
+        self._plan = FlightPlan(_Units(blob), self._pace)
         self._waiters: dict[int, list[Waiter]] = {}
 
     def demand(self, units: Sequence[int], done: Done) -> None:
@@ -134,6 +136,9 @@ class Fetcher:
     def _stream(self, flight: Flight, offset: int, end: int) -> None:
         """Store what one response brings, from flight.position on."""
         self._totals.request(flight.priority)
+        asked = time.monotonic()
+        latency = 0.0
+        begin = offset
         response = self._source(offset, end - offset)
         try:
             if response.start != offset:
@@ -151,6 +156,7 @@ class Fetcher:
                 data = response.read_some(min(limits.STREAM_BYTES, max(wanted, 1)))
                 if not data:
                     raise NetworkError(f"the body ended {end - offset} bytes early")
+                latency = latency or time.monotonic() - asked
                 self._stats.fetched_bytes += len(data)
                 self._totals.fetched(flight.priority, len(data))
                 self._write(flight, offset, data)
@@ -159,6 +165,8 @@ class Fetcher:
                     self._blob.mark(flight.position)
                     self._land(flight)
                 self._keep_going(flight.priority)
+            if flight.priority is Priority.DEMAND:  # others rest in between
+                self._pace.measured(latency, offset - begin, time.monotonic() - asked)
         finally:
             response.close()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from layerstore import limits
+from layerstore.content.pace import Pace
 from layerstore.content.scheduler import Priority
 
 
@@ -49,10 +50,11 @@ class Flight:
 class FlightPlan:
     """The flights of one layer."""
 
-    def __init__(self, units: Units) -> None:
+    def __init__(self, units: Units, pace: Pace) -> None:
         self._units = units
+        self._pace = pace
         self._flights: list[Flight] = []
-        self._window = limits.DEMAND_RANGE_FIRST_BYTES
+        self._window = 0
         self._recent_ends: list[int] = []
 
     def covering(self, unit: int) -> Flight | None:
@@ -105,11 +107,8 @@ class FlightPlan:
 
     def _depart(self, unit: int, priority: Priority, at_most: int | None = None) -> Flight:
         recent = any(end < unit <= end + 2 for end in self._recent_ends)
-        self._window = (
-            min(self._window * 2, limits.DEMAND_RANGE_MAX_BYTES)
-            if recent
-            else max(self._window // 2, limits.DEMAND_RANGE_FIRST_BYTES)
-        )
+        base = self._pace.window
+        self._window = min(self._window * 2, limits.DEMAND_RANGE_MAX_BYTES) if recent else base
         bound = self._units.units - 2 if at_most is None else at_most
         last = self._extend(unit, max(unit, bound), self._window)
         self._recent_ends = [*self._recent_ends[-7:], last]

@@ -202,13 +202,12 @@ class _Conversion:
         document = parse_manifest(top.raw, top.media_type)
         if isinstance(document, Index):
             raw, media_type = self._index(top.raw, document)
+            self._destination.put_manifest(raw, media_type, top=True)
         else:
             plan = self._plan(top, document)
             if self._options.platforms and not self._wanted(plan.platform):
                 raise NotFound(f"the image is for {plan.platform} only")
             raw, media_type = self._finish(plan, top=True)
-        if isinstance(document, Index):
-            self._destination.put_manifest(raw, media_type, top=True)
         found = {
             path for image in self._images for layer in image.layers for path in layer.prioritized
         }
@@ -240,13 +239,16 @@ class _Conversion:
             if plan is not None:
                 self._start(plan)
         document = json.loads(raw)
-        entries = [document["manifests"][number] for number in chosen]
-        for number, entry, plan in zip(chosen, entries, plans, strict=True):
+        entries: list[dict[str, Any]] = []
+        for number, plan in zip(chosen, plans, strict=True):
+            entry = document["manifests"][number]
             if plan is None:
                 self._copy_untouched(index.manifests[number], 0)
+                entries.append(entry)
                 continue
             new, media_type = self._finish(plan, top=False)
-            entry |= {"mediaType": media_type, "digest": str(Digest.of(new)), "size": len(new)}
+            changes = {"mediaType": media_type, "digest": str(Digest.of(new)), "size": len(new)}
+            entries.append(entry | changes)
         changed = {"mediaType": media_types.OCI_INDEX, "manifests": entries}
         if document == document | changed:
             return raw, media_types.OCI_INDEX

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from layerstore import limits
 from layerstore.copy.transport import ImageSource, Pieces
 from layerstore.errors import NetworkError, RegistryError, UsageError
 from layerstore.image import Digest, Reference
 from layerstore.registry import BlobReader, FetchedManifest, RegistryClient
+
+_WORTH_BYTES: Final = 1 << 20
 
 
 class RegistryImage:
@@ -90,6 +92,7 @@ class _Resumed:
         self._size = size
         self._offset = 0
         self._failures = 0
+        self._broken_at = 0
         self._reader: BlobReader | None = None
 
     def read(self, n: int, /) -> bytes:
@@ -100,6 +103,10 @@ class _Resumed:
                 data = self._reader.read_some(n)
             except NetworkError:
                 self._close()
+                # Only a connection that brought something worth while earns a new count.
+                if self._offset - self._broken_at >= _WORTH_BYTES:
+                    self._failures = 0
+                self._broken_at = self._offset
                 self._failures += 1
                 if self._failures >= limits.ATTEMPTS:
                     raise
@@ -108,7 +115,6 @@ class _Resumed:
             if not data:
                 break
             self._offset += len(data)
-            self._failures = 0
             return data
         return b""
 

@@ -29,7 +29,11 @@ from layerstore.registry import FetchedManifest
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
 _LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
-_EMPTY: Final = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": []}
+_EMPTY: Final[dict[str, Any]] = {
+    "schemaVersion": 2,
+    "mediaType": media_types.OCI_INDEX,
+    "manifests": [],
+}
 
 
 def parse_name(text: str) -> tuple[Path, str | None]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 _log = logging.getLogger(__name__)
@@ -35,14 +36,17 @@ class WorkerPool:
             return False
         return True
 
-    def close(self) -> None:
-        """Drop what is queued and let the threads end; busy ones do when their call does."""
+    def close(self, seconds: float = 1.0) -> None:
+        """Drop what is queued and wait a bounded time for the threads to end."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
         for _ in self._threads:
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:

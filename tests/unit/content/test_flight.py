@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from layerstore import limits
 from layerstore.content.flight import FlightPlan
+from layerstore.content.pace import Pace
 from layerstore.content.scheduler import Priority
 
 
@@ -26,9 +27,13 @@ class Units:
         return unit in self.there
 
 
+def make_plan(units: Units) -> FlightPlan:
+    return FlightPlan(units, Pace())
+
+
 def test_sequential_demand_widens_the_window():
     units = Units(100_000, 10_000)
-    plan = FlightPlan(units)
+    plan = make_plan(units)
     sizes = []
     unit = 10
     for _ in range(6):
@@ -42,7 +47,7 @@ def test_sequential_demand_widens_the_window():
 
 def test_demand_cuts_a_background_flight_that_is_far_away():
     units = Units(10_000, 10_000)
-    plan = FlightPlan(units)
+    plan = make_plan(units)
     background = plan.sweep(0, 9_999, 1 << 30, Priority.BACKGROUND)
     assert background is not None
     background.started = True
@@ -56,7 +61,7 @@ def test_demand_cuts_a_background_flight_that_is_far_away():
 
 def test_demand_waits_for_a_flight_that_is_nearly_there():
     units = Units(10_000, 1_000)
-    plan = FlightPlan(units)
+    plan = make_plan(units)
     prefetch = plan.sweep(0, 9_999, 1 << 30, Priority.PREFETCH)
     assert prefetch is not None
     prefetch.started = True
@@ -65,7 +70,7 @@ def test_demand_waits_for_a_flight_that_is_nearly_there():
 
 
 def test_demand_does_not_wait_for_a_flight_that_has_not_started():
-    plan = FlightPlan(Units(100))
+    plan = make_plan(Units(100))
     queued = plan.sweep(0, 99, 1 << 30, Priority.PREFETCH)
     assert queued is not None
     started = plan.demand(0)
@@ -80,7 +85,7 @@ def test_demand_does_not_wait_for_a_flight_that_has_not_started():
 def test_no_unit_is_ever_in_two_flights(steps, stored):
     units = Units(200, 40_000)
     units.there = set(stored)
-    plan = FlightPlan(units)
+    plan = make_plan(units)
     flights = []
     for kind, unit in steps:
         if kind == "d" and unit not in units.there:
