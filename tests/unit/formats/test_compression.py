@@ -8,6 +8,7 @@ import struct
 import sys
 import tracemalloc
 import zlib
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -89,7 +90,7 @@ def test_what_the_source_raises_passes() -> None:
     for pack in (gzip.compress, zstd.compress):
         stream = LayerStream(Broken(pack(DATA)[:3000]))
         with pytest.raises(NetworkError):
-            b"".join(iter(lambda s=stream: s.read(1000), b""))
+            b"".join(iter(partial(stream.read, 1000), b""))
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
