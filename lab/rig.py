@@ -47,15 +47,15 @@ class Rig:
         self.flavour: Final = flavour
         self.client: Final = RecordingProxy(upstream)
         """What Podman asks."""
-        self.provider: Final = RecordingProxy(provider_upstream or upstream)
-        """What the store asks."""
+        self.provider: Final = RecordingProxy(upstream)
+        """What the store asks (nothing, where it has an upstream of its own)."""
         self.env: Final = PodmanEnv(
             directory / "podman", flavour, registries=(upstream, self.client.host)
         )
         conf = directory / "provider.conf"
         conf.write_text(
             f'[[registry]]\nprefix = "{self.client.host}"\n'
-            f'location = "{self.provider.host}"\ninsecure = true\n'
+            f'location = "{provider_upstream or self.provider.host}"\ninsecure = true\n'
         )
         self.service: Final = LayerstoreService(
             directory / "layerstore",

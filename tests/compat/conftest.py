@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lab import ctrremote, images
+from lab import images, oci
 from lab import trixie as lab_trixie
 from lab.debian import DebianError
 from lab.oci import StoredImage
@@ -19,6 +19,8 @@ from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
 from lab.rig import MakeRig, Push, Pushed, Rig, image_tree
 from lab.trees import Tree
+from layerstore.copy import ConvertOptions, convert
+from layerstore.formats import EstargzOptions
 
 MakePodmanEnv = Callable[..., PodmanEnv]
 
@@ -119,9 +121,23 @@ def push(workspace: Path, registry: DebianRegistry) -> Iterator[Push]:
 
 
 @pytest.fixture(scope="session")
-def small(push: Push) -> Pushed:
+def push_lazy(workspace: Path, push: Push) -> Push:
+    """``push_lazy(image, "repository:tag")``: converted by layerstore, then pushed."""
+
+    def convert_and_push(image: StoredImage, name: str) -> Pushed:
+        layout = Path(tempfile.mkdtemp(prefix="converted-", dir=workspace))
+        # the lowest level: these images are looked at, not kept
+        options = ConvertOptions(estargz=EstargzOptions(level=1))
+        convert(f"oci:{image.layout}:{image.tag}", f"oci:{layout}:latest", options)
+        return push(oci.read_image(layout, "latest"), name)
+
+    return convert_and_push
+
+
+@pytest.fixture(scope="session")
+def small(push_lazy: Push) -> Pushed:
     """The small image, lazy."""
-    return push(ctrremote.converted(images.small_image()), "lazy/small:1")
+    return push_lazy(images.small_image(), "lazy/small:1")
 
 
 @pytest.fixture(scope="session")
