@@ -1,0 +1,89 @@
+"""``layerstore convert`` from the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from lab import oci, tars
+from layerstore.cli import main
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    out = io.BytesIO()
+    tars.write_tar(out, [tars.directory(b"etc"), tars.regular(b"etc/hosts", b"localhost\n")])
+    return oci.write_image(
+        tmp_path / "in", "v1", [oci.LayerSource(out.getvalue())], oci.RunConfig()
+    ).source
+
+
+def run(*arguments: str) -> int:
+    try:
+        main(("convert", *arguments))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_json_names_all_digests(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, f"oci:{tmp_path}/out:v1", "--json", "--level", "9") == 0
+    said = capsys.readouterr()
+    report = json.loads(said.out)
+    stored = oci.read_image(tmp_path / "out", "v1")
+    assert report["digest"] == stored.digest
+    (layer,) = report["images"][0]["layers"]
+    assert (layer["digest"], layer["size"]) == (stored.layers[0].digest, stored.layers[0].size)
+    assert layer["diffId"] == stored.layers[0].diff_id
+    assert layer["kept"] is False
+    assert "done" in said.err
+
+
+def test_plain_words_and_quiet(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, f"oci:{tmp_path}/out:v1", "--quiet") == 0
+    said = capsys.readouterr()
+    digest = oci.read_image(tmp_path / "out", "v1").digest
+    assert said.out.splitlines()[-1] == f"oci:{tmp_path}/out:v1@{digest}"
+    assert said.err == ""
+
+
+def test_files_to_place_first_come_from_the_line_and_from_lists(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = tmp_path / "wanted"
+    wanted.write_text("/etc/hosts\n\n/nowhere\n")
+    arguments = ("--prioritize", "/also/nowhere", "--prioritize", f"@{wanted}", "--quiet")
+    assert run(source, f"oci:{tmp_path}/out:v1", *arguments, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["notFound"] == ["/also/nowhere", "/nowhere"]
+    assert said.err.count("no layer holds") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--level", "0"),
+        ("--chunk-size", "1"),
+        ("--platform", "linux"),
+        ("--prioritize", "@/no/such/list"),
+    ],
+)
+def test_wrong_options_end_with_status_2(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+) -> None:
+    assert run(source, f"oci:{tmp_path}/out:v1", *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("layerstore: ")
+    assert said.count("\n") == 1
+
+
+def test_an_image_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"oci:{tmp_path}/none:v1", f"oci:{tmp_path}/out:v1") == 1
+    assert "no OCI layout" in capsys.readouterr().err
