@@ -107,7 +107,8 @@ def _is_dead(mountpoint: str) -> bool:
 
     def probe() -> None:
         try:
-            os.stat(mountpoint)
+            # attributes of the root may be cached and say nothing
+            os.statvfs(mountpoint)
             result.append(0)
         except OSError as exc:
             result.append(exc.errno or 0)
