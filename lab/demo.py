@@ -125,11 +125,19 @@ class Demo:
         return result
 
     def _convert(self, env: PodmanEnv, source: str, target: str, early: Path) -> None:
-        arguments = ["convert", f"docker://{source}", f"docker://{target}", "--prioritize"]
-        self._shell(f"layerstore {' '.join(arguments)} FILES")
+        arguments = ["convert", f"docker://{source}", f"docker://{target}"]
+        self._shell(f"layerstore {' '.join(arguments)} --prioritize @early-files")
         started = time.monotonic()
         run(
-            [sys.executable, "-m", "layerstore.cli", *arguments, str(early)],
+            [
+                sys.executable,
+                "-m",
+                "layerstore.cli",
+                *arguments,
+                "--quiet",
+                "--prioritize",
+                f"@{early}",
+            ],
             _environment(env),
             timeout=_CONVERT_SECONDS,
         )
