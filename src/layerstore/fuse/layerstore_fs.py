@@ -13,6 +13,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from layerstore import limits
@@ -42,6 +43,7 @@ class StoreFilesystem(Operations):
         self._started_ns = time.time_ns()
         self._uid = os.geteuid()
         self._gid = os.getegid()
+        self._trusted = _in_initial_user_namespace()
 
     def close(self) -> None:
         """End idle workers."""
@@ -243,8 +245,14 @@ class StoreFilesystem(Operations):
         return self._with_layer(
             request,
             slot,
-            lambda layer: xattr_list_answer((name for name, _ in layer.index.xattrs(entry)), size),
+            lambda layer: xattr_list_answer(self._listed(layer, entry), size),
         )
+
+    def _listed(self, layer: Layer, entry: int) -> Iterator[bytes]:
+        """Names that can be read: trusted ones only in the initial user namespace (xattr(7))."""
+        for name, _ in layer.index.xattrs(entry):
+            if self._trusted or not name.startswith(b"trusted."):
+                yield name
 
     def readlink(self, request: Request, nodeid: int) -> Answer:
         if nodeid == wire.ROOT_ID or names.is_control(nodeid):
@@ -409,3 +417,11 @@ class StoreFilesystem(Operations):
         if view is not None:
             self._store.release(view)
         return errno.ENOENT
+
+
+def _in_initial_user_namespace() -> bool:
+    try:
+        fields = Path("/proc/self/uid_map").read_text().split()
+    except OSError:
+        return True
+    return fields == ["0", "0", "4294967295"]

@@ -15,7 +15,7 @@ import pytest
 
 from lab import tars
 from layerstore import limits
-from layerstore.fuse import DEFERRED, wire
+from layerstore.fuse import DEFERRED, layerstore_fs, wire
 from layerstore.fuse.layerstore_fs import StoreFilesystem
 from layerstore.provider import names
 
@@ -150,6 +150,27 @@ def test_the_tree_of_a_layer(call, pushed, dialect):
     assert call("getxattr", tool, b"user.b", 100) == errno.ENODATA
     assert call("listxattr", tool, 100) == b"user.a\0"
     assert call("read", passwd, 5, 100) == b"x:0:0\n"
+
+
+@pytest.mark.parametrize("initial", [True, False])
+def test_names_that_cannot_be_read_in_a_user_namespace_are_not_listed_there(
+    asker, publisher, registry, monkeypatch, initial
+):
+    """Overlay copies every listed attribute of a directory up, and gets ENODATA for trusted ones."""
+    image = publisher.push(
+        "opaque", "1", [[tars.directory(b"d"), tars.regular(b"d/.wh..wh..opq", b"")]]
+    )
+    monkeypatch.setattr(layerstore_fs, "_in_initial_user_namespace", lambda: initial)
+    filesystem = StoreFilesystem(asker.store)
+    call = Caller(filesystem)
+    try:
+        name = image.layers[0].digest.encode()
+        node = call.node(element(f"{registry.host}/opaque:1"), name, b"diff", b"d")
+        listed = call("listxattr", node, 1000).split(b"\0")
+    finally:
+        filesystem.close()
+    assert b"user.overlay.opaque" in listed
+    assert (b"trusted.overlay.opaque" in listed) == initial
 
 
 def test_missing_names_in_a_layer_are_cached_for_ever(call, pushed):
