@@ -164,6 +164,8 @@ class LayerContent:
         if partial is None and content.digest:
             complete = self._objects.open(content.digest)
             if complete is not None:
+                for number in self._map.chunks_between(entry, offset, offset + size):
+                    self._touch(number)
                 return complete
         partial = partial or self._partial(content)
         if partial is not None and not self._missing_chunks(entry, content, partial, offset, size):
