@@ -1,0 +1,108 @@
+"""The end of the store: politely, with nothing left behind, and never two at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import layerstore
+from lab.podman import CommandError
+from lab.rig import Pushed, Rig
+
+
+def mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text()
+
+
+def processes(directory: Path) -> list[int]:
+    """Processes whose command line names something below the directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"layerstore.cli" in line and os.fsencode(directory) in line:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_plain_empty_directory(
+    rig: Rig, small: Pushed, number: signal.Signals
+) -> None:
+    image = rig.image(small.name)
+    rig.env.podman("pull", image)
+    assert str(rig.store) in mounts()
+    assert processes(rig.service.directory) == [rig.service.pid]
+    began = time.monotonic()
+    assert rig.service.stop(number) == 0
+    assert time.monotonic() - began < 5
+    assert str(rig.store) not in mounts()
+    assert list(rig.store.iterdir()) == []
+    assert processes(rig.service.directory) == []
+    assert "event=stopped" in rig.service.log()
+    assert "Traceback" not in rig.service.log()
+    assert rig.env.podman("image", "exists", image, check=False).returncode == 0
+    listed = rig.env.podman("images", "--format", "{{.Repository}}:{{.Tag}}", check=False)
+    if rig.flavour == "debian12":
+        assert image in listed.stdout
+    else:
+        # Podman 5 adds up the files of layers that are known by their TOC only, each time anew
+        assert "size/digest of layer" in listed.stderr
+    # its layers are away with the store: that is an error, not a hang
+    with pytest.raises(CommandError):
+        rig.env.podman("run", "--rm", image, timeout=30)
+    rig.env.podman("rmi", image)
+    rig.env.podman("pull", image)
+    assert rig.env.podman("run", "--rm", image).stdout.startswith("hello from small")
+
+
+def test_it_stops_under_a_running_container(rig: Rig, small: Pushed) -> None:
+    image = rig.image(small.name)
+    rig.env.podman("pull", image)
+    container = rig.env.podman("run", "-d", image, "sleep", "600").stdout.strip()
+    began = time.monotonic()
+    assert rig.service.stop() == 0
+    assert time.monotonic() - began < 5
+    assert str(rig.store) not in mounts()
+    # what it has not read yet is gone for it; Podman still gets rid of it
+    rig.env.podman("rm", "-f", "--time=0", container)
+    assert rig.env.podman("ps", "-aq").stdout == ""
+
+
+def serve(rig: Rig, mountpoint: Path, root: Path) -> subprocess.CompletedProcess[str]:
+    """A further service, which ought to refuse at once."""
+    return subprocess.run(
+        [sys.executable, "-m", "layerstore.cli", "serve", str(mountpoint), "--root", str(root)],
+        env={
+            **rig.env.environment(),
+            "PYTHONPATH": str(Path(layerstore.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_a_second_service_refuses_the_same_state_and_the_same_mount(
+    rig: Rig, small: Pushed
+) -> None:
+    rig.env.podman("pull", rig.image(small.name))
+    elsewhere = rig.service.directory / "elsewhere"
+    refused = serve(rig, elsewhere, rig.service.root)
+    assert refused.returncode == 1
+    assert "another layerstore service uses this root directory" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert str(elsewhere) not in mounts()
+    refused = serve(rig, rig.store, rig.service.directory / "other-state")
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert mounts().count(f" {rig.store} ") == 1
+    assert rig.env.podman("run", "--rm", rig.image(small.name)).stdout.startswith("hello")
