@@ -1,58 +1,55 @@
-"""A bitmap in a memory-mapped file: which parts of a sparse file are there.
+"""A bitmap in a file: which parts of a sparse file are there.
 
 A bit is set only after its bytes were written.  Both live in the
 page cache, so the pair survives the death of the process in the right order;
 what a power failure leaves is distrusted elsewhere.
+
+The file is written, not mapped: where the disk is full, a store to a mapped page
+ends the process with SIGBUS, a write only fails.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from pathlib import Path
 
+from layerstore.content.files import OpenFile
 from layerstore.errors import StorageError
 
 
 class Bitmap:
-    """``length`` bits in the file ``path``, created zeroed if missing.
+    """``length`` bits in the file ``path``, created zeroed if missing or of another length.
 
-    Raises StorageError if an existing file has another length.  Thread-safe.
+    Methods raise StorageError when the disk fails.  Thread-safe.
     """
 
     def __init__(self, path: Path, length: int) -> None:
         self.length = length
+        self._path = path
         self._lock = threading.Lock()
         size = max(1, (length + 7) // 8)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                have = os.fstat(fd).st_size
-                if have == 0:
-                    os.ftruncate(fd, size)
-                elif have != size:
-                    raise StorageError(
-                        f"presence map has {have} bytes instead of {size}", subject=str(path)
-                    )
-                self._map = mmap.mmap(fd, size)
-            finally:
-                os.close(fd)
+            self._file = OpenFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if os.fstat(self._file.fd).st_size != size:
+                os.ftruncate(self._file.fd, 0)
+                os.ftruncate(self._file.fd, size)
+            self._bytes = bytearray(self._file.read(0, size))
         except OSError as error:
-            raise StorageError(f"cannot map: {error.strerror}", subject=str(path)) from error
-        self._missing = length - sum(byte.bit_count() for byte in self._map[:])
+            raise StorageError(f"cannot open: {error.strerror}", subject=str(path)) from error
+        self._missing = length - int.from_bytes(self._bytes).bit_count()
 
     def __getitem__(self, bit: int) -> bool:
-        return bool(self._map[bit >> 3] >> (bit & 7) & 1)
+        return bool(self._bytes[bit >> 3] >> (bit & 7) & 1)
 
     def set(self, bit: int) -> bool:
         """Set one bit; True if it was not set before."""
         mask = 1 << (bit & 7)
         with self._lock:
-            byte = self._map[bit >> 3]
+            byte = self._bytes[bit >> 3]
             if byte & mask:
                 return False
-            self._map[bit >> 3] = byte | mask
+            self._store(bit >> 3, byte | mask)
             self._missing -= 1
             return True
 
@@ -60,12 +57,21 @@ class Bitmap:
         """Clear one bit; True if it was set before."""
         mask = 1 << (bit & 7)
         with self._lock:
-            byte = self._map[bit >> 3]
+            byte = self._bytes[bit >> 3]
             if not byte & mask:
                 return False
-            self._map[bit >> 3] = byte & ~mask
+            self._store(bit >> 3, byte & ~mask)
             self._missing += 1
             return True
+
+    def _store(self, place: int, byte: int) -> None:
+        try:
+            os.pwrite(self._file.fd, bytes((byte,)), place)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write: {error.strerror}", subject=str(self._path)
+            ) from error
+        self._bytes[place] = byte
 
     @property
     def missing(self) -> int:
@@ -77,6 +83,9 @@ class Bitmap:
         """True when every bit is set."""
         return self._missing == 0
 
-    def close(self) -> None:
-        """Unmap; the file stays."""
-        self._map.close()
+    def sync(self) -> None:
+        """Wait until the disk has it."""
+        try:
+            os.fdatasync(self._file.fd)
+        except OSError as error:
+            raise StorageError(f"cannot sync: {error.strerror}", subject=str(self._path)) from error

@@ -52,8 +52,8 @@ class BlobFile:
             self.file = OpenFile(fd)
             map_path = path.with_name(path.name + ".map")
             if os.fstat(fd).st_size != size:
+                map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
                 os.ftruncate(fd, size)
-                map_path.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot open: {error.strerror}", subject=str(path)) from error
         self.present = Bitmap(map_path, self.units)

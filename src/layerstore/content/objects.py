@@ -33,8 +33,8 @@ class PartialObject:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.file = OpenFile(fd)
         if os.fstat(fd).st_size != size:
+            self.map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
             os.ftruncate(fd, size)
-            self.map_path.unlink(missing_ok=True)
         self.present = Bitmap(self.map_path, chunks)
 
     def write(self, number: int, offset: int, data: bytes | memoryview) -> bool:
