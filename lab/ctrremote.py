@@ -69,7 +69,7 @@ def _convert(
     with tarfile.open(source, "w") as archive:
         archive.add(image.layout, arcname=".")
     flags = (f"--{form}", "--oci", *options)
-    with _containerd(scratch) as daemon:
+    with containerd(scratch) as daemon:
         daemon.run("ctr", "image", "import", "--no-unpack", "--base-name", _SOURCE, str(source))
         source.unlink()
         reference = f"{_SOURCE}:{image.tag}"
@@ -92,7 +92,9 @@ def _name(layout: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Daemon:
+class Containerd:
+    """A running containerd."""
+
     socket: Path
 
     def run(self, tool: str, *arguments: str) -> None:
@@ -113,10 +115,11 @@ class _Daemon:
 
 
 @contextlib.contextmanager
-def _containerd(scratch: Path) -> Iterator[_Daemon]:
+def containerd(scratch: Path) -> Iterator[Containerd]:
+    """A private containerd with its contents below ``scratch``, for the time of a block."""
     # A socket's path must be short, and the image cache may lie deep.
     with tempfile.TemporaryDirectory(prefix="lab-ctr-") as short:
-        daemon = _Daemon(Path(short) / "c.sock")
+        daemon = Containerd(Path(short) / "c.sock")
         config = scratch / "containerd.toml"
         config.write_text(
             f"""\
@@ -150,7 +153,7 @@ address = "{short}/t.sock"
                 process.wait()
 
 
-def _await(daemon: _Daemon, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await(daemon: Containerd, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
