@@ -13,7 +13,7 @@ import pytest
 from layerstore import __version__
 from layerstore.cli import main
 
-COMMANDS = ("serve", "status")
+COMMANDS = ("convert", "serve", "status")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -55,6 +55,8 @@ def config(tmp_path: Path) -> Callable[[str], str]:
         (("serve", "/m", "extra"), "unexpected argument: extra"),
         (("status", "extra"), "unexpected argument: extra"),
         (("status", "--root"), "--root requires an argument"),
+        (("convert", "docker://a/b"), "DST"),
+        (("convert", "docker://a/b", "docker://a/c", "--level", "x"), "--level"),
         (("nonsense",), '"nonsense"'),
         (("--debug=3",), "--debug"),
         (("--debug", "serve"), "MOUNTPOINT"),
@@ -153,7 +155,7 @@ def test_help_fits_a_terminal_and_names_every_command(run: Run, arguments: tuple
     if arguments in ((), ("--help",)):
         assert all(f"│ {name} " in out for name in COMMANDS)
     else:
-        assert "--config" in out
+        assert "--debug" in out
 
 
 def test_help_goes_into_a_closed_pipe_without_a_traceback() -> None:
