@@ -58,7 +58,7 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; the exit status tells only whether it could be measured."""
     options = _options(arguments)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     work = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
     results: dict[str, list[Outcome]] = {}
     try:
@@ -79,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unmount_below(work)
         shutil.rmtree(work, ignore_errors=True)
     console.print(
-        f"Podman of Debian 12, {platform.release()}, {options.repeat} cold runs each: median"
-        " (lowest - highest); fetched, requests, CPU and memory at the first output."
+        f"\nPodman of Debian 12, Linux {platform.release()}; {options.repeat} cold runs each, medians."
+        "\nfirst output: seconds from `podman pull` to the program's first line, the pull included."
+        "\nfetched, requests, CPU and RSS (of the daemon): up to the first output."
+        "\nall read: seconds from `podman pull` until every file has been read, one run.",
     )
     if Peer.given() is None:
         console.print(f"{PEER_VARIABLE}=/path/to/stargz-store adds a peer to the tables.")
@@ -105,7 +107,7 @@ def _cases() -> list[Case]:
     lazy: list[Contender] = [Layerstore(), *([peer] if peer else [])]
     return [
         Case(PlainPull(), images.PLAIN, "as built"),
-        *(Case(each, images.EARLY, "early files first") for each in lazy),
+        *(Case(each, images.EARLY, "early ones first") for each in lazy),
         *(Case(each, images.LAZY, "as they come") for each in lazy),
     ]
 
@@ -129,46 +131,34 @@ def _run(
 
 
 def _table(link: str, outcomes: Sequence[Outcome], pushed: images.Pushed) -> Table:
-    table = Table(title=f"Link: {link}", title_justify="left", box=None, pad_edge=False)
-    table.add_column("who")
-    table.add_column("files in the image")
+    table = Table(title=f"\nLink: {link}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("who", no_wrap=True)
+    table.add_column("files", no_wrap=True)
     for heading in (
-        "first output",
-        "of it pull",
-        "fetched",
-        "of image",
-        "requests",
-        "daemon CPU",
-        "RSS",
-        "all files read",
+        *("first output", "range", "pull", "fetched", "of image", "requests"),
+        *("CPU", "RSS", "all read"),
     ):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for outcome in outcomes:
         starts = [sample.startup for sample in outcome.samples]
+        seconds = [start.first_output_seconds for start in starts]
         fetched = statistics.median(start.traffic.bytes for start in starts)
-        lazy = outcome.case.contender.lazy
+        cpu = statistics.median(sample.load.cpu_seconds for sample in outcome.samples)
+        rss = max(sample.load.rss_bytes for sample in outcome.samples)
         full = outcome.full_read_seconds
         table.add_row(
             outcome.case.contender.name,
             outcome.case.form,
-            _spread([start.first_output_seconds for start in starts]),
+            f"{statistics.median(seconds):.1f} s",
+            f"{min(seconds):.1f}-{max(seconds):.1f}",
             f"{statistics.median(start.pull_seconds for start in starts):.1f} s",
             f"{fetched / _MIB:.1f} MiB",
             f"{fetched / pushed.size(outcome.case.image):.0%}",
             f"{statistics.median(start.traffic.requests for start in starts):.0f}",
-            _spread([sample.load.cpu_seconds for sample in outcome.samples]) if lazy else "",
-            (
-                f"{max(sample.load.rss_bytes for sample in outcome.samples) / _MIB:.0f} MiB"
-                if lazy
-                else ""
-            ),
+            *((f"{cpu:.1f} s", f"{rss / _MIB:.0f} MiB") if rss else ("", "")),
             "" if full is None else f"{full:.1f} s",
         )
     return table
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.1f} s ({min(values):.1f} - {max(values):.1f})"
 
 
 def _plain(results: dict[str, list[Outcome]]) -> dict[str, list[dict[str, object]]]:
