@@ -2,9 +2,10 @@
 
 from layerstore.provider.info import Dialect
 from layerstore.provider.layers import Layer, Layers
+from layerstore.provider.memory import limit_arenas
 from layerstore.provider.refusal import Refusal
 from layerstore.provider.state import View
 from layerstore.provider.store import Store
 from layerstore.provider.workers import WorkerPool
 
-__all__ = ["Dialect", "Layer", "Layers", "Refusal", "Store", "View", "WorkerPool"]
+__all__ = ["Dialect", "Layer", "Layers", "Refusal", "Store", "View", "WorkerPool", "limit_arenas"]

@@ -26,6 +26,7 @@ from layerstore.errors import (
 from layerstore.formats import FOOTER_BYTES, iter_toc, parse_footer, read_toc
 from layerstore.image import Descriptor, Digest, Reference, media_types, toc_digest
 from layerstore.layertree import build_index
+from layerstore.provider import memory
 from layerstore.provider.refusal import MEDIA_TYPE, NO_TOC, Refusal
 from layerstore.provider.state import LayerRecord, State
 from layerstore.registry import RegistryClient
@@ -78,6 +79,7 @@ class Loader:
             record = self._state.find_layer(*key)
             if record is None or not (self.directory(record.slot) / "index").exists():
                 record = self._load(reference, descriptor, toc, deadline)
+                memory.give_back()
             return record
         finally:
             loading.release()

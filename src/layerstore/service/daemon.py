@@ -23,7 +23,7 @@ from typing import Final
 from layerstore import __version__, fuse, limits
 from layerstore.errors import MountError, ServiceError, StorageError
 from layerstore.fuse.layerstore_fs import StoreFilesystem
-from layerstore.provider import Store
+from layerstore.provider import Store, limit_arenas
 from layerstore.registry import RegistryClient, RegistrySettings
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
@@ -42,6 +42,7 @@ def serve(mountpoint: Path, root: Path, config: Config) -> None:
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     _raise_file_limit()
+    limit_arenas()
     _make_directories(mountpoint, root)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(root))
