@@ -411,7 +411,7 @@ class LayerIndex:
 
 def _verify(view: memoryview, subject: str) -> tuple[Any, ...]:
     """The header's fields, once the whole file has been found intact."""
-    advice = "it will be built again from the layer's TOC"
+    advice = "it is built again from the layer's TOC"
     if len(view) < HEADER.size + CHECKSUM_BYTES:
         raise StorageError("a layer index is cut off", subject=subject, advice=advice)
     fields = HEADER.unpack_from(view)

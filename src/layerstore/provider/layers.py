@@ -6,8 +6,6 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 from layerstore import limits
 from layerstore.content import ContentStats, LayerContent, ObjectStore, Priority, Scheduler
@@ -20,6 +18,7 @@ from layerstore.errors import (
 )
 from layerstore.image import Reference
 from layerstore.layertree import LayerIndex
+from layerstore.provider.loader import Loader
 from layerstore.provider.state import LayerRecord, State
 from layerstore.registry import BlobReader, RegistryClient
 
@@ -38,8 +37,8 @@ class Layer:
 class Layers:
     """Open layers by slot.  Thread-safe.
 
-    ``directory`` gives the directory of a slot.  ``prefetch`` and ``background``
-    say whether contents are fetched ahead of need and completed in the background.
+    ``prefetch`` and ``background`` say whether contents are fetched ahead of need and
+    completed in the background.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Layers:
         client: RegistryClient,
         objects: ObjectStore,
         scheduler: Scheduler,
-        directory: Callable[[int], Path],
+        loader: Loader,
         *,
         prefetch: bool = True,
         background: bool = True,
@@ -58,11 +57,12 @@ class Layers:
         self._client = client
         self._objects = objects
         self._scheduler = scheduler
-        self._directory = directory
+        self._loader = loader
         self._prefetch = prefetch
         self._background = background
         self._lock = threading.Lock()
         self._open: dict[int, Layer] = {}
+        self._opening: dict[int, threading.Lock] = {}
         self._references: dict[int, list[Reference]] = {}
         self._completing: set[int] = set()
         for view in state.views():
@@ -90,9 +90,14 @@ class Layers:
     def open(self, slot: int) -> Layer:
         """The layer of a slot, opened now if need be: waits for the disk.
 
-        Raises StorageError when its files are missing or damaged.
+        A damaged index is built anew.  Raises StorageError when that fails.
         """
+        layer = self._open.get(slot)
+        if layer is not None:
+            return layer
         with self._lock:
+            opening = self._opening.setdefault(slot, threading.Lock())
+        with opening:
             layer = self._open.get(slot)
             if layer is None:
                 record = self._state.layer(slot)
@@ -102,9 +107,20 @@ class Layers:
                 self._open[slot] = layer
         return layer
 
+    def _open_index(self, record: LayerRecord) -> LayerIndex:
+        path = self._loader.directory(record.slot) / "index"
+        try:
+            return LayerIndex.open(path)
+        except StorageError as error:
+            _log.warning("event=index-damaged layer=%s error=%s", record.blob_digest, error)
+        with self._lock:
+            references = tuple(self._references.get(record.slot, ()))
+        self._loader.rebuild(record, references)
+        return LayerIndex.open(path)
+
     def _open_record(self, record: LayerRecord) -> Layer:
-        directory = self._directory(record.slot)
-        index = LayerIndex.open(directory / "index")
+        directory = self._loader.directory(record.slot)
+        index = self._open_index(record)
         content = LayerContent(
             record.blob_digest,
             index,

@@ -12,12 +12,14 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from layerstore import limits
 from layerstore.errors import (
     DeadlineExceeded,
     InvalidLayer,
+    LayerstoreError,
     LimitExceeded,
     NetworkError,
     RangeNotSupported,
@@ -90,20 +92,56 @@ class Loader:
         self, reference: Reference, descriptor: Descriptor, toc: Digest, deadline: float
     ) -> LayerRecord:
         size = descriptor.size
-        subject = f"{reference} layer {descriptor.digest}"
         if size < FOOTER_BYTES:
-            raise InvalidLayer(f"{size} bytes are too short for a footer", subject=subject)
+            raise InvalidLayer(
+                f"{size} bytes are too short for a footer", subject=descriptor.digest
+            )
         guess = _tail_guess(size)
         end = self._read(reference, descriptor, size - guess, guess, deadline)
         footer = parse_footer(end[-FOOTER_BYTES:], size)
         if size - footer.toc_offset > limits.TOC_BYTES:
-            raise LimitExceeded("TOC is too large", subject=subject)
+            raise LimitExceeded("TOC is too large", subject=descriptor.digest)
         missing = size - len(end) - footer.toc_offset
         if missing > 0:
             end = self._read(reference, descriptor, footer.toc_offset, missing, deadline) + end
-        start = footer.toc_offset - (size - len(end))
+        return self._index(descriptor, toc, end)
+
+    def rebuild(self, record: LayerRecord, references: Sequence[Reference]) -> None:
+        """Make the index of a known layer anew: from what is stored, else from a registry.
+
+        Raises StorageError if neither works.
+        """
+        descriptor = Descriptor(
+            media_type=media_types.OCI_LAYER_GZIP, digest=record.blob_digest, size=record.size
+        )
+        try:
+            with (self.directory(record.slot) / "blob").open("rb") as blob:
+                blob.seek(record.toc_offset)
+                self._index(descriptor, record.toc_digest, blob.read())
+        except (OSError, LayerstoreError) as error:
+            failure: Exception = error
+        else:
+            return
+        deadline = time.monotonic() + limits.RESOLVE_SECONDS
+        for reference in references:
+            try:
+                self._load(reference, descriptor, record.toc_digest, deadline)
+            except LayerstoreError as error:
+                failure = error
+            else:
+                return
+        raise StorageError(
+            "the layer's index is damaged and cannot be built anew now",
+            subject=record.blob_digest,
+            advice="it is tried again at the next use",
+        ) from failure
+
+    def _index(self, descriptor: Descriptor, toc: Digest, end: bytes) -> LayerRecord:
+        """Verify and index the TOC in the last bytes of a blob."""
+        footer = parse_footer(end[-FOOTER_BYTES:], descriptor.size)
+        start = footer.toc_offset - (descriptor.size - len(end))
         document = read_toc(memoryview(end)[start : start + footer.toc_size])
-        toc.verify(document, subject=f"TOC of {subject}")
+        toc.verify(document, subject=f"TOC of layer {descriptor.digest}")
         return self._keep(descriptor, toc, footer.toc_offset, document, end)
 
     def _keep(

@@ -60,7 +60,7 @@ class Store:
             client,
             self._objects,
             self._scheduler,
-            self._loader.directory,
+            self._loader,
             prefetch=prefetch,
             background=background,
         )

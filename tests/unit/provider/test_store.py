@@ -332,6 +332,28 @@ def test_a_complete_layer_that_lost_its_blob_is_not_complete(asker, publisher, r
     assert content.read_blob(0, 1 << 20) == image.blobs[1]
 
 
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+@pytest.mark.parametrize("registry_works", [True, False])
+def test_a_damaged_index_is_built_anew_with_the_same_numbers(
+    asker, publisher, registry, damage, registry_works
+):
+    image = publisher.push("app", "1", FILES)
+    view = asker.view(ref(registry), image.layers[1].toc_digest)
+    asker.read(view, "app/main")
+    entry = asker.store.layers.open(view.slot).index.entry_of_path(b"app/main")
+    asker.close()
+    path = asker.root / "layers" / str(view.slot) / "index"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage)
+    if not registry_works:
+        registry.fault("status", match="", status=500)  # the TOC is stored here, too
+    asker.open()
+    assert asker.read(view, "app/main") == b"main" * 5000
+    assert asker.store.layers.open(view.slot).index.entry_of_path(b"app/main") == entry
+
+
 def test_too_many_waiting_lookups_are_refused_at_once(asker, registry, monkeypatch):
     registry.fault("stall", match="manifests", after=0, seconds=5)
     answered: list[View | Refusal] = []
