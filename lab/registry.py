@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import http.client
 import json
+import os
 import re
 import secrets
 import socket
@@ -87,6 +88,8 @@ class DebianRegistry:
         with self.access_log.open("ab") as out, log.open("ab") as err:
             self._process = subprocess.Popen(
                 [_PROGRAM, "serve", str(config)],
+                # it would take REGISTRY_AUTH_FILE, which is Podman's, for a setting of its own
+                env={k: v for k, v in os.environ.items() if not k.startswith("REGISTRY_")},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
