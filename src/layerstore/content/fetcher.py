@@ -62,9 +62,10 @@ class Fetcher:
     def prefetch(self, last: int) -> None:
         """Fetch the units up to ``last`` ahead of need."""
         with self._lock:
-            size = limits.PREFETCH_RANGE_BYTES
-            while (flight := self._plan.sweep(0, last, size, Priority.PREFETCH)) is not None:
+            first, size = 0, limits.PREFETCH_RANGE_BYTES
+            while flight := self._plan.sweep(first, last, size, Priority.PREFETCH):
                 self._start(flight)
+                first = flight.last + 1
 
     def sweep(self) -> Exception | None:
         """Fetch a next large range in this thread; the error that ended it early."""
@@ -114,13 +115,12 @@ class Fetcher:
                 if self._plan.covering(unit) is None
                 for call in self._arrived(unit, error or ServiceError("the fetch was stopped"))
             ]
-        for call in calls:
-            call()
+        self._tell(calls)
         return error
 
     def _fly_on(self, flight: Flight) -> None:
         while flight.position <= flight.last:
-            self._keep_going(flight.priority)
+            self._keep_going(flight)
             if self._blob.present[flight.position]:
                 self._land(flight)
                 continue
@@ -129,8 +129,8 @@ class Fetcher:
                 last += 1
             self._stream(flight, self._blob.extent(first)[0], self._blob.extent(last)[1])
 
-    def _keep_going(self, priority: Priority) -> None:
-        if not self._scheduler.give_way(priority):
+    def _keep_going(self, flight: Flight) -> None:
+        if not self._scheduler.give_way(flight.priority, lambda: flight.urgent):
             raise ServiceError("the store is being stopped", subject=self.name)
 
     def _stream(self, flight: Flight, offset: int, end: int) -> None:
@@ -146,7 +146,7 @@ class Fetcher:
                     other = self._plan.whole
                     if other is None:
                         self._plan.spread(flight)
-                if other is not None:
+                if other is not None and other is not flight:
                     self._join(flight, other)
                     return
                 offset, end = response.start, self._blob.size
@@ -164,7 +164,7 @@ class Fetcher:
                 while flight.position <= flight.last and self._end(flight.position) <= offset:
                     self._blob.mark(flight.position)
                     self._land(flight)
-                self._keep_going(flight.priority)
+                self._keep_going(flight)
             if flight.priority is Priority.DEMAND:  # others rest in between
                 self._pace.measured(latency, offset - begin, time.monotonic() - asked)
         finally:
@@ -190,8 +190,10 @@ class Fetcher:
     def _join(self, flight: Flight, other: Flight) -> None:
         """Another flight already streams the whole blob: leave the units to it."""
         while flight.position <= flight.last:
-            self._keep_going(Priority.DEMAND)
+            if self._scheduler.closed:
+                raise ServiceError("the store is being stopped", subject=self.name)
             with self._lock:
+                other.awaited = max(other.awaited, flight.last)
                 gone = self._plan.whole is not other
             if self._blob.present[flight.position]:
                 self._land(flight)
@@ -206,8 +208,15 @@ class Fetcher:
             unit = flight.position
             flight.position = unit + 1
             calls = self._arrived(unit, None)
+        self._tell(calls)
+
+    def _tell(self, calls: list[Callable[[], None]]) -> None:
+        """Call those who waited; one who fails costs neither the others nor the flight."""
         for call in calls:
-            call()
+            try:
+                call()
+            except Exception:
+                _log.exception("layer %s: a read failed", self.name)
 
     def _arrived(self, unit: int, error: Exception | None) -> list[Callable[[], None]]:
         waiters = self._waiters.pop(unit, ())

@@ -29,7 +29,7 @@ class Units(Protocol):
 class Flight:
     """Units ``position`` .. ``last`` are still to come; ``last`` may be cut."""
 
-    __slots__ = ("first", "last", "position", "priority", "started", "whole")
+    __slots__ = ("awaited", "first", "last", "position", "priority", "started", "whole")
 
     def __init__(self, first: int, last: int, priority: Priority) -> None:
         self.first = first
@@ -38,6 +38,7 @@ class Flight:
         self.priority = priority
         self.started = False
         self.whole = False  # one response with the blob from its first byte: it serves everyone
+        self.awaited = -1  # the last unit that somebody waits for, though the flight began without
 
     def __repr__(self) -> str:
         return f"<Flight {self.position}..{self.last} of {self.first} {self.priority.name}>"
@@ -45,6 +46,11 @@ class Flight:
     def covers(self, unit: int) -> bool:
         """Whether this flight will still bring the unit."""
         return self.position <= unit <= self.last
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody waits for what comes next, whatever the flight began for."""
+        return self.position <= self.awaited
 
 
 class FlightPlan:
@@ -59,7 +65,7 @@ class FlightPlan:
 
     def covering(self, unit: int) -> Flight | None:
         """The flight that will bring this unit, if there is one."""
-        for flight in self._flights:
+        for flight in reversed(self._flights):  # whoever wants a row of units asks for the next
             if flight.covers(unit):
                 return flight
         return None
@@ -78,6 +84,7 @@ class FlightPlan:
         if flight is None:
             return [self._depart(unit, Priority.DEMAND)]
         if flight.priority is Priority.DEMAND or flight.whole or self._is_near(flight, unit):
+            flight.awaited = max(flight.awaited, unit)
             return []
         last = flight.last
         flight.last = unit - 1

@@ -26,7 +26,7 @@ from layerstore.content.objects import ObjectStore, PartialObject
 from layerstore.content.scheduler import Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
-from layerstore.errors import ContentError, VerificationError
+from layerstore.errors import ContentError, LayerstoreError, VerificationError
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class LayerContent:
         self._needed = bytearray(self._blob.units)
         self._verified = verified and self._blob.present.full
         self._verifying = threading.Lock()
+        self._refusing = threading.Lock()
+        self._blob_lock = threading.Lock()
+        self._blob_waiting: list[Done] = []
         self._scrubbed = False
         self._blob_error: VerificationError | None = None
         self._refused: dict[int, tuple[int, float, ContentError]] = {}
@@ -115,19 +118,26 @@ class LayerContent:
         return None if file is None else file.read(offset, size)
 
     def _take(self, unit: int, number: int) -> memoryview | None:
+        data = self._blob.read_unit(unit)
         try:
-            return self._ingester.take(unit - 1, self._blob.read_unit(unit), number)
+            return self._ingester.take(unit - 1, data, number)
         except ContentError as error:
-            self._refuse(unit, error)
+            self._refuse(unit, data, error)
             raise
 
-    def _refuse(self, unit: int, error: ContentError) -> None:
-        """Stored bytes are wrong: forget them, and remember for a moment that they were."""
-        self._blob.discard(unit)
-        count = self._refused.get(unit, (0, 0.0, error))[0] + 1
-        self._refused[unit] = (count, time.monotonic(), error)
-        self.stats.failed_units += 1
-        self._totals.failed_units += 1
+    def _refuse(self, unit: int, data: bytes, error: ContentError) -> None:
+        """Stored bytes are wrong: forget them, and remember for a moment that they were.
+
+        Of several readers only the first counts: others may come when better ones are here.
+        """
+        with self._refusing:
+            if not self._blob.present[unit] or self._blob.read_unit(unit) != data:
+                return
+            self._blob.discard(unit)
+            count = self._refused.get(unit, (0, 0.0, error))[0] + 1
+            self._refused[unit] = (count, time.monotonic(), error)
+            self.stats.failed_units += 1
+            self._totals.failed_units += 1
         _log.error("layer %s: refused bytes of unit %d: %s", self.name, unit, error)
 
     def _recent_refusal(self, units: Iterable[int]) -> ContentError | None:
@@ -207,22 +217,28 @@ class LayerContent:
 
     def fetch(self, entry: int, offset: int, size: int, done: Done) -> None:
         """Bring the range here; ``done(error or None)`` is called once, from any thread."""
+        try:
+            missing = self._missing_units(entry, offset, size)
+        except (LayerstoreError, OSError) as error:
+            done(error)
+            return
+        self._fetcher.demand(missing, done)
+
+    def _missing_units(self, entry: int, offset: int, size: int) -> list[int]:
+        """The units to fetch for the range; raises what refuses the file or fails at the disk."""
         content = self._map.content(entry)
         if content is None or offset >= content.size:
-            done(None)
-            return
+            return []
         size = min(size, content.size - offset)
         if self._stored(entry, content, offset, size) is not None:
-            done(None)
-            return
+            return []
         chunks = self._absent_chunks(entry, content, offset, size)
         units = {self._map.chunk(number).member + 1 for number in chunks}
         missing = sorted(unit for unit in units if not self._blob.present[unit])
         refusal = self._recent_refusal(missing)
         if refusal is not None:
-            done(refusal)
-            return
-        self._fetcher.demand(missing, done)
+            raise refusal
+        return missing
 
     def _absent_chunks(self, entry: int, content: FileContent, offset: int, size: int) -> list[int]:
         partial = self._partial(content) if content.chunk_count > 1 else None
@@ -230,20 +246,27 @@ class LayerContent:
 
     def fetch_blob(self, done: Done) -> None:
         """Bring the whole blob here and verify it; ``done`` as for fetch()."""
+        with self._blob_lock:
+            self._blob_waiting.append(done)
+            if len(self._blob_waiting) > 1:
+                return  # a reader ahead asks for many pieces: one of them brings the blob
+        self._bring_blob()
 
+    def _bring_blob(self) -> None:
         def arrived(error: Exception | None) -> None:
-            if error is None and not self._blob.present.full:
-                self.fetch_blob(done)
-                return
+            again = False
             try:
-                if error is None and self._verify_blob():
-                    done(None)
-                elif error is None:
-                    self.fetch_blob(done)
-                else:
-                    done(error)
-            except ContentError as caught:
-                done(caught)
+                if error is None:
+                    again = not (self._blob.present.full and self._verify_blob())
+            except Exception as caught:
+                error = caught
+            if again:
+                self._bring_blob()
+                return
+            with self._blob_lock:
+                waiting, self._blob_waiting = self._blob_waiting, []
+            for done in waiting:
+                done(error)
 
         self._fetcher.demand(
             [unit for unit in range(self._blob.units) if not self._blob.present[unit]], arrived
@@ -331,13 +354,17 @@ class LayerContent:
         """Look for the units that are wrong and forget them; whether there were any."""
         found = False
         for unit in range(self._blob.units):
+            offset, end = self._blob.extent(unit)
+            if offset == end:
+                continue
             if not self._blob.is_member(unit):
                 self._blob.discard(unit)  # nothing but the blob digest covers head and tail
-                found = found or self._blob.extent(unit)[0] < self._blob.extent(unit)[1]
+                found = True
                 continue
+            data = self._blob.read_unit(unit)
             try:
-                self._ingester.check_member(unit - 1, self._blob.read_unit(unit))
+                self._ingester.check_member(unit - 1, data)
             except ContentError as error:
-                self._refuse(unit, error)
+                self._refuse(unit, data, error)
                 found = True
         return found

@@ -69,15 +69,16 @@ class Scheduler:
         """A client is about to read: background work rests for a while."""
         self._last_demand = time.monotonic()
 
-    def give_way(self, priority: Priority) -> bool:
+    def give_way(self, priority: Priority, urgent: Callable[[], bool] = lambda: False) -> bool:
         """Called between pieces of work: wait while more urgent work goes on.
 
-        Only background work waits, and only for a bounded time so that its
-        connection stays alive.  False when the scheduler was closed.
+        Only background work waits, unless it has become ``urgent``, and only for
+        a bounded time so that its connection stays alive.  False when the
+        scheduler was closed.
         """
         if priority is Priority.BACKGROUND:
             until = time.monotonic() + limits.BACKGROUND_PAUSE_SECONDS
-            while not self._closed and self.busy and time.monotonic() < until:
+            while not self._closed and self.busy and not urgent() and time.monotonic() < until:
                 time.sleep(0.02)
         return not self._closed
 

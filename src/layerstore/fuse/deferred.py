@@ -43,8 +43,8 @@ class DeferredReader:
         if layer is not None:
             try:
                 data = layer.content.read_cached(entry, offset, size)
-            except LayerstoreError as error:
-                return self._read_failed(slot, entry, error)
+            except (LayerstoreError, OSError):
+                data = None  # a worker meets it again and has the time to report it
             if data is not None:
                 return data
         return self._later(
@@ -81,7 +81,7 @@ class DeferredReader:
             else:
                 request.reply(self._read_failed(slot, entry, error))
 
-        content.fetch(entry, offset, size, done)
+        content.fetch(entry, offset, size, lambda error: _answered(request, lambda: done(error)))
 
     def read_blob(self, request: Request, view: View, offset: int, size: int) -> Answer:
         """Bytes of a layer's compressed blob."""
@@ -111,7 +111,7 @@ class DeferredReader:
                 request.reply(data)
                 self._layers.mark_complete(view.slot)
 
-        content.fetch_blob(done)
+        content.fetch_blob(lambda error: _answered(request, lambda: done(error)))
 
     def _read_failed(self, slot: int, entry: int, error: Exception | None) -> int:
         """Count and log a read that gets EIO; one line a file and period."""
@@ -155,16 +155,18 @@ class DeferredReader:
     def _later(self, request: Request, timeout: float, call: Callable[[], None]) -> Answer:
         deferred = request.defer(timeout)
 
-        def guarded() -> None:
-            try:
-                call()
-            except Exception:
-                _log.exception("request %r failed", request)
-                request.fail(errno.EIO)
-
-        if not self._workers.submit(guarded):
+        if not self._workers.submit(lambda: _answered(request, call)):
             return errno.EAGAIN
         return deferred
+
+
+def _answered(request: Request, call: Callable[[], None]) -> None:
+    """Call what answers the request; an unforeseen failure becomes its answer."""
+    try:
+        call()
+    except Exception:
+        _log.exception("request %r failed", request)
+        request.fail(errno.EIO)
 
 
 def _path_of(layer: Layer, entry: int) -> bytes:
