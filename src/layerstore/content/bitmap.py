@@ -2,7 +2,7 @@
 
 A bit is set only after its bytes were written.  Both live in the
 page cache, so the pair survives the death of the process in the right order;
-what a power failure leaves is distrusted elsewhere.
+what a power failure leaves is distrusted by those who use it (`ObjectStore`).
 
 The file is written, not mapped: where the disk is full, a store to a mapped page
 ends the process with SIGBUS, a write only fails.
@@ -35,6 +35,7 @@ class Bitmap:
                 os.ftruncate(self._file.fd, 0)
                 os.ftruncate(self._file.fd, size)
             self._bytes = bytearray(self._file.read(0, size))
+            self._bytes[-1] &= 0xFF >> (size * 8 - length) % 8 if length else 0
         except OSError as error:
             raise StorageError(f"cannot open: {error.strerror}", subject=str(path)) from error
         self._missing = length - int.from_bytes(self._bytes).bit_count()

@@ -113,6 +113,14 @@ class BlobFile:
         offset, end = self.extent(unit)
         return self.file.read(offset, end - offset)
 
+    def sync(self) -> None:
+        """Wait until the disk has the bytes, then what says that they are there."""
+        try:
+            os.fdatasync(self.file.fd)
+        except OSError as error:
+            raise StorageError(f"cannot sync: {error.strerror}", subject=str(self.path)) from error
+        self.present.sync()
+
     def sha256(self) -> str:
         """Hex SHA-256 over the whole file."""
         hasher = hashlib.sha256()

@@ -16,7 +16,7 @@ from layerstore.content.layermap import Chunk, LayerMap
 from layerstore.content.objects import ObjectStore, PartialObject
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
-from layerstore.errors import InvalidLayer, VerificationError
+from layerstore.errors import InvalidLayer, StorageError, VerificationError
 from layerstore.formats import decompress_member
 
 _log = logging.getLogger(__name__)
@@ -109,3 +109,6 @@ class Ingester:
             self._totals.failed_units += 1
             self._stats.failed_units += 1
             _log.error("layer %s: %s", self._name, error)
+        except (StorageError, OSError) as error:
+            # its chunks stay readable where they are
+            _log.warning("layer %s: a large file was not published: %s", self._name, error)

@@ -335,6 +335,7 @@ class LayerContent:
                 raise self._blob_error
             actual = self._blob.sha256()
             if actual == self._digest:
+                self._blob.sync()  # this is remembered, even after a power failure
                 self._verified = True
                 return True
             if not self._scrubbed:

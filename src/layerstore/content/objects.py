@@ -5,10 +5,16 @@
 the verified chunks beside it; the name is the identity of the chunk list, not
 the announced digest of the file, because until all of it is there only the
 chunks are verified.  Nothing gets a name in ``objects`` before it is verified.
+
+A power failure may leave the bitmap of a partial object without the bytes, so
+partial objects of another boot are dropped: the layer's blob, whose bytes are
+verified when they are taken out, gives them again.  A large object is synced before
+it gets its name; a small one grows only by its bytes, and is dropped if it is short.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -22,6 +28,7 @@ from layerstore.content.files import OpenFile, OpenFiles
 from layerstore.errors import StorageError, VerificationError
 
 _HASH_PIECE = 1 * limits.MIB
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class PartialObject:
@@ -62,10 +69,21 @@ class ObjectStore:
                 os.makedirs(f"{self._objects}/{first:02x}", mode=0o700, exist_ok=True)
             self._partial.mkdir(mode=0o700, exist_ok=True)
             os.makedirs(self._temporary, mode=0o700, exist_ok=True)
-            for stale in os.scandir(self._temporary):
-                os.unlink(stale.path)
+            self._drop_stale(root / "boot")
         except OSError as error:
             raise StorageError(f"cannot prepare: {error.strerror}", subject=str(root)) from error
+
+    def _drop_stale(self, boot_file: Path) -> None:
+        stale = list(os.scandir(self._temporary))
+        boot = _boot_id()
+        same = bool(boot) and boot_file.exists() and boot_file.read_text() == boot
+        if not same:
+            stale += os.scandir(self._partial)
+        for entry in stale:
+            os.unlink(entry.path)
+        if not same:
+            with contextlib.suppress(OSError):  # the disk may be full: distrusted again then
+                boot_file.write_text(boot)
 
     def path(self, digest: bytes) -> str:
         """Where the object with this SHA-256 lives, if it is there."""
@@ -142,15 +160,17 @@ class ObjectStore:
         while piece := os.pread(partial.file.fd, _HASH_PIECE, offset):
             hasher.update(piece)
             offset += len(piece)
+        matches = hasher.digest() == digest
+        if matches:
+            os.fdatasync(partial.file.fd)
         with self._lock:
             self._partials.pop(key, None)
-            matches = hasher.digest() == digest
             try:
+                partial.map_path.unlink(missing_ok=True)
                 if matches:
                     os.rename(partial.path, self.path(digest))
                 else:
                     partial.path.unlink(missing_ok=True)
-                partial.map_path.unlink(missing_ok=True)
             except FileNotFoundError:
                 return  # another layer with the same file was faster
             except OSError as error:
@@ -174,6 +194,14 @@ class ObjectStore:
         self._open.clear()
         with self._lock:
             self._partials.clear()
+
+
+def _boot_id() -> str:
+    """What identifies this run of the kernel; empty if it is not told."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

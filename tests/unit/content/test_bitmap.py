@@ -46,3 +46,10 @@ def test_a_full_disk_is_an_error_and_leaves_the_bit_unset(tmp_path: Path, monkey
     assert not bits[50_000]
     assert bits.missing == 100_000
     assert bits.set(50_000)
+
+
+def test_bits_behind_the_end_do_not_count(tmp_path: Path):
+    (tmp_path / "map").write_bytes(b"\xff\xff")
+    bits = Bitmap(tmp_path / "map", 12)
+    assert bits.full
+    assert bits.missing == 0
