@@ -83,7 +83,7 @@ class Fetcher:
     def _fly_quietly(self, flight: Flight) -> None:
         error = self._fly(flight)
         if error is not None:
-            _log.warning("layer %s: fetch failed: %s", self.name, error)
+            _log.warning("event=fetch-failed layer=%s error=%s", self.name, error)
 
     def _fly(self, flight: Flight) -> Exception | None:
         """Bring all units of a flight; the error that ended it early, if one did."""

@@ -108,7 +108,7 @@ class Ingester:
             self._contradictory[key] = error
             self._totals.failed_units += 1
             self._stats.failed_units += 1
-            _log.error("layer %s: %s", self._name, error)
+            _log.error("event=file-refused layer=%s error=%s", self._name, error)
         except (StorageError, OSError) as error:
             # its chunks stay readable where they are
-            _log.warning("layer %s: a large file was not published: %s", self._name, error)
+            _log.warning("event=file-not-published layer=%s error=%s", self._name, error)

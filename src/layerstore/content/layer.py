@@ -138,7 +138,7 @@ class LayerContent:
             self._refused[unit] = (count, time.monotonic(), error)
             self.stats.failed_units += 1
             self._totals.failed_units += 1
-        _log.error("layer %s: refused bytes of unit %d: %s", self.name, unit, error)
+        _log.error("event=bytes-refused layer=%s unit=%d error=%s", self.name, unit, error)
 
     def _recent_refusal(self, units: Iterable[int]) -> ContentError | None:
         """The error of a unit that was wrong twice a moment ago: a third try must wait."""
@@ -347,7 +347,7 @@ class LayerContent:
                 subject=self.name,
                 advice="files whose chunks are right stay readable; the blob is not exported",
             )
-            _log.error("%s", self._blob_error)
+            _log.error("event=blob-refused layer=%s error=%s", self.name, self._blob_error)
             self._totals.failed_units += 1
             raise self._blob_error
 

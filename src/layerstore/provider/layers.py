@@ -195,8 +195,8 @@ class Layers:
             more = self.open(slot).content.complete_step()
         except LayerstoreError as error:
             _log.warning(
-                "event=background-fetch-failed layer=%d retry_seconds=%.0f error=%s",
-                slot, retry, error,
+                "event=background-fetch-failed layer=%s retry_seconds=%.0f error=%s",
+                record.blob_digest if (record := self._state.layer(slot)) else slot, retry, error,
             )  # fmt: skip
             again = min(retry * 2, limits.BACKGROUND_RETRY_MAX_SECONDS)
             timer = threading.Timer(retry, self._queue_step, (slot, again))

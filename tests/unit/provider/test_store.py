@@ -299,7 +299,7 @@ def test_a_corrupted_chunk_never_reaches_a_reader(asker, publisher, registry, ca
         asker.read(view, "noise")
     assert asker.read(view, "small") == b"fine"
     assert asker.store.status()["content"]["refused_units"] >= 1
-    assert "refused bytes" in caplog.text
+    assert "event=bytes-refused" in caplog.text
 
 
 def test_a_silent_registry_costs_one_time_out_an_image_not_one_a_layer(
