@@ -58,7 +58,7 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; the exit status tells only whether it could be measured."""
     options = _options(arguments)
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
     work = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
     results: dict[str, list[Outcome]] = {}
     try:
@@ -106,7 +106,9 @@ def _cases() -> list[Case]:
     peer = Peer.given()
     lazy: list[Contender] = [Layerstore(), *([peer] if peer else [])]
     return [
-        Case(PlainPull(), images.PLAIN, "as built"),
+        # What one would pull without a store, and the very image that the others get.
+        Case(PlainPull(), images.PLAIN, "as built, no eStargz"),
+        Case(PlainPull(), images.EARLY, "early ones first"),
         *(Case(each, images.EARLY, "early ones first") for each in lazy),
         *(Case(each, images.LAZY, "as they come") for each in lazy),
     ]
