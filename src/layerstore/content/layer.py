@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +37,8 @@ class LayerContent:
     """File contents of one layer.  Thread-safe.
 
     ``path`` is the sparse blob file; ``source`` opens a byte range of the blob at
-    the registry; ``digest`` is the announced SHA-256 (hex) of the blob.
+    the registry; ``digest`` is the announced SHA-256 (hex) of the blob; ``distrust`` is
+    called when bytes that came were wrong, before they are fetched again.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class LayerContent:
         source: ByteSource,
         stats: ContentStats,
         verified: bool = False,
+        distrust: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.stats = LayerStats(total_bytes=size)
@@ -65,6 +67,7 @@ class LayerContent:
         self._ingester = Ingester(name, layer_map, objects, scheduler, self.stats, stats)
         self._fetcher = Fetcher(name, self._blob, scheduler, source, self.stats, stats)
         self._needed = bytearray(self._blob.units)
+        self._distrust = distrust
         self._verified = verified and self._blob.present.full
         self._verifying = threading.Lock()
         self._refusing = threading.Lock()
@@ -138,6 +141,7 @@ class LayerContent:
             self._refused[unit] = (count, time.monotonic(), error)
             self.stats.failed_units += 1
             self._totals.failed_units += 1
+        self._distrust()
         _log.error("event=bytes-refused layer=%s unit=%d error=%s", self.name, unit, error)
 
     def _recent_refusal(self, units: Iterable[int]) -> ContentError | None:

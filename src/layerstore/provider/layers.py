@@ -6,12 +6,16 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 from layerstore import limits
 from layerstore.content import ContentStats, LayerContent, ObjectStore, Priority, Scheduler
 from layerstore.errors import (
-    AuthenticationError,
+    ConfigError,
+    ContentError,
     LayerstoreError,
+    NetworkError,
     NotFound,
     RegistryError,
     StorageError,
@@ -32,6 +36,24 @@ class Layer:
     record: LayerRecord
     index: LayerIndex
     content: LayerContent
+
+
+class _Watched:
+    """A response; ``broken`` is called when it breaks."""
+
+    def __init__(self, reader: BlobReader, broken: Callable[[], None]) -> None:
+        self.start = reader.start
+        self.close = reader.close
+        self._reader = reader
+        self._broken = broken
+
+    def read_some(self, limit: int) -> bytes:
+        """See BlobReader."""
+        try:
+            return self._reader.read_some(limit)
+        except NetworkError:
+            self._broken()
+            raise
 
 
 class Layers:
@@ -87,6 +109,21 @@ class Layers:
                 del known[repositories.index(reference.name)]
             known.insert(0, reference)
 
+    def has_source(self, slot: int) -> bool:
+        """Whether a reference is known from which the layer can be fetched."""
+        with self._lock:
+            return bool(self._references.get(slot))
+
+    def _ask_last(self, slot: int, reference: Reference | None = None) -> None:
+        """A place (the first one if None) gave no bytes or wrong ones: ask others before it."""
+        with self._lock:
+            known = self._references.get(slot, [])
+            if reference is None and known:
+                reference = known[0]
+            if reference in known:
+                known.remove(reference)
+                known.append(reference)
+
     def open(self, slot: int) -> Layer:
         """The layer of a slot, opened now if need be: waits for the disk.
 
@@ -131,6 +168,7 @@ class Layers:
             objects=self._objects,
             scheduler=self._scheduler,
             source=lambda offset, length: self._read_blob(record, offset, length),
+            distrust=lambda: self._ask_last(record.slot),
             stats=self.stats,
             verified=self._state.is_complete(record.slot),
         )
@@ -145,21 +183,27 @@ class Layers:
         if self._state.is_complete(record.slot) and not content.complete:
             _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
             self._state.set_complete(record.slot, False)
+            self.complete(record.slot)
         return Layer(record, index, content)
 
-    def _read_blob(self, record: LayerRecord, offset: int, length: int) -> BlobReader:
+    def _read_blob(self, record: LayerRecord, offset: int, length: int) -> _Watched:
+        """Open a range at the first place that gives it; a network failure is worth another try."""
+        slot = record.slot
         with self._lock:
-            references = list(self._references.get(record.slot, ()))
-        failure: RegistryError = NotFound(
+            references = list(self._references.get(slot, ()))
+        failure: LayerstoreError = NotFound(
             "no reference is known for this layer", subject=record.blob_digest
         )
         for reference in references:
             try:
-                return self._client.open_blob(
+                reader = self._client.open_blob(
                     reference, record.blob_digest, offset=offset, length=length, size=record.size
                 )
-            except (NotFound, AuthenticationError) as error:
-                failure = error
+            except (RegistryError, NetworkError, ContentError, ConfigError) as error:
+                failure = failure if isinstance(failure, NetworkError) else error
+                self._ask_last(slot, reference)
+            else:
+                return _Watched(reader, partial(self._ask_last, slot, reference))
         raise failure
 
     # -- ahead of need -------------------------------------------------------------
@@ -193,7 +237,7 @@ class Layers:
     def _step(self, slot: int, retry: float) -> None:
         try:
             more = self.open(slot).content.complete_step()
-        except LayerstoreError as error:
+        except Exception as error:  # whatever it was, the layer is not given up
             _log.warning(
                 "event=background-fetch-failed layer=%s retry_seconds=%.0f error=%s",
                 record.blob_digest if (record := self._state.layer(slot)) else slot, retry, error,

@@ -79,6 +79,12 @@ class Loader:
             raise DeadlineExceeded("the layer's TOC did not arrive in time", subject=toc)
         try:
             record = self._state.find_layer(*key)
+            if record is not None and record.size != descriptor.size:
+                # neither digest was checked against the size, and one of the two images lies
+                raise InvalidLayer(
+                    f"layer has {descriptor.size} bytes here and {record.size} in another image",
+                    subject=descriptor.digest,
+                )
             if record is None or not (self.directory(record.slot) / "index").exists():
                 record = self._load(reference, descriptor, toc, deadline)
                 memory.give_back()

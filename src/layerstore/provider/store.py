@@ -64,6 +64,7 @@ class Store:
             prefetch=prefetch,
             background=background,
         )
+        self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._lock = threading.Lock()
@@ -78,6 +79,18 @@ class Store:
         self._writer = threading.Thread(target=self._write_uses, name="uses", daemon=True)
         self._writer.start()
         self.layers.resume()
+
+    def _find_sources(self) -> None:
+        """Layers that were only ever named without a reference: where they can be fetched."""
+        for view in self._state.views():
+            if view.reference or self.layers.has_source(view.slot):
+                continue
+            try:
+                match = self._images.find_anywhere(view.name, time.monotonic())
+            except LayerstoreError as error:
+                _log.warning("event=layer-without-source layer=%s error=%s", view.name, error)
+            else:
+                self.layers.add_reference(view.slot, match.reference)
 
     # -- lookups ---------------------------------------------------------------------
 
