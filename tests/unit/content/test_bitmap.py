@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from layerstore.content import bitmap
 from layerstore.content.bitmap import Bitmap
 from layerstore.errors import StorageError
 
@@ -40,7 +39,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_bit_unset(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(bitmap.os, "pwrite", full)
+        patch.setattr(os, "pwrite", full)
         with pytest.raises(StorageError):
             bits.set(50_000)
     assert not bits[50_000]

@@ -11,6 +11,7 @@ from layerstore.content import Priority, ingest
 from layerstore.content.flight import FlightPlan
 from layerstore.content.pace import Pace
 from layerstore.errors import ContentError, StorageError
+from layerstore.formats import decompress_member
 
 
 class Asked:
@@ -115,11 +116,11 @@ def test_wrong_bytes_that_several_readers_meet_at_once_count_once(make_lab, monk
     assert lab.fetch(0) is None
     lab.source.blob = right
     together = threading.Barrier(3)
-    real = ingest.decompress_member
+    real = decompress_member
 
-    def slow(*arguments: object, **options: object) -> object:
+    def slow(data: bytes, *, limit: int) -> bytes:
         together.wait(5)
-        return real(*arguments, **options)
+        return real(data, limit=limit)
 
     monkeypatch.setattr(ingest, "decompress_member", slow)
     refused: list[ContentError] = []

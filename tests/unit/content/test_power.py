@@ -55,12 +55,12 @@ def test_what_is_remembered_as_whole_is_on_the_disk(make_lab, monkeypatch):
         order.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
         real_sync(fd)
 
-    def rename(source: object, target: object) -> None:
+    def rename(source: str, target: str) -> None:
         order.append("rename")
         real_rename(source, target)
 
     monkeypatch.setattr(os, "fdatasync", sync)
-    monkeypatch.setattr(objects.os, "rename", rename)
+    monkeypatch.setattr(os, "rename", rename)
     lab = make_lab([os.urandom(3000)])
     lab.read(0)
     while lab.content.complete_step():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_a_layer_of_another_size_under_known_digests_is_refused(asker, publisher
     toc_offset = parse_footer(blob[-51:], len(blob)).toc_offset
     longer = blob[:toc_offset] + bytes(512) + blob[toc_offset:-51] + build_footer(toc_offset + 512)
 
-    def lie(manifest: dict) -> None:
+    def lie(manifest: dict[str, Any]) -> None:
         manifest["layers"][0]["size"] = len(longer)
 
     evil = Publisher(second).push("evil", "1", FILES, change=lie)
