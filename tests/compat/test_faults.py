@@ -8,8 +8,10 @@ import hashlib
 import json
 import re
 import shutil
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from lab.registry import DebianRegistry
 from lab.rig import MakeRig, PlainTree, Push, Pushed, Rig
 from lab.simregistry import SimRegistry
 from layerstore import limits
+from layerstore.formats import FOOTER_BYTES, parse_footer, read_toc
 from layerstore.image import annotations as keys
 
 HELLO = "hello from small amd64: 199 files\n"
@@ -210,13 +213,41 @@ def content(plain_tree: PlainTree, small: Pushed, path: str = "/data/big.bin") -
     return plain_tree(small)[path[1:].encode()].digest
 
 
-def corrupt(sim: SimRegistry, image: StoredImage, offset: int = MIDDLE) -> Callable[[], None]:
-    """Change one byte of the big layer's blob; call what is returned to heal it."""
+def damaged(blob: bytes) -> bytes:
+    """The big layer's blob with a byte of big.bin changed."""
+    wrong = bytearray(blob)
+    wrong[MIDDLE] ^= 0x10
+    return bytes(wrong)
+
+
+def forged(blob: bytes) -> bytes:
+    """The same with a checksum that fits: only the digest in the table of contents tells."""
+    footer = parse_footer(blob[-FOOTER_BYTES:], len(blob))
+    entries = json.loads(read_toc(blob[footer.toc_offset :][: footer.toc_size]))["entries"]
+    offsets = sorted({entry["offset"] for entry in entries if "offset" in entry})
+    start = max(offset for offset in offsets if offset < MIDDLE)
+    end = min(offset for offset in offsets if offset > MIDDLE)
+    right = zlib.decompress(blob[start:end], wbits=31)
+    for place in range(MIDDLE, end):
+        deflated = bytearray(blob[start + 10 : end - 8])
+        deflated[place - start - 10] ^= 0x10
+        try:
+            wrong = zlib.decompress(deflated, wbits=-15)
+        except zlib.error:
+            continue
+        if len(wrong) == len(right) and wrong != right:
+            trailer = struct.pack("<II", zlib.crc32(wrong), len(wrong))
+            return blob[: start + 10] + deflated + trailer + blob[end:]
+    raise AssertionError("no byte of the member can be changed alone")
+
+
+def corrupt(
+    sim: SimRegistry, image: StoredImage, change: Callable[[bytes], bytes] = damaged
+) -> Callable[[], None]:
+    """Change the big layer's blob; call what is returned to heal it."""
     digest = image.layers[BIG].digest
     right = sim.blobs[digest]
-    wrong = bytearray(right)
-    wrong[offset] ^= 0x10
-    sim.blobs[digest] = bytes(wrong)
+    sim.blobs[digest] = change(right)
 
     def heal() -> None:
         sim.blobs[digest] = right
@@ -224,16 +255,21 @@ def corrupt(sim: SimRegistry, image: StoredImage, offset: int = MIDDLE) -> Calla
     return heal
 
 
+@pytest.mark.parametrize("change", [damaged, forged])
 def test_a_corrupted_chunk_is_an_error_and_heals(
-    lazy: tuple[Rig, str], sim: SimRegistry, small: Pushed, plain_tree: PlainTree
+    lazy: tuple[Rig, str],
+    sim: SimRegistry,
+    small: Pushed,
+    plain_tree: PlainTree,
+    change: Callable[[bytes], bytes],
 ) -> None:
     rig, image = lazy
-    heal = corrupt(sim, small.image)
+    heal = corrupt(sim, small.image, change)
     digest, said = cat(rig, image)
     assert digest == ""
     assert "I/O error" in said or "Input/output error" in said
     ((reason, file),) = failed_reads(rig)
-    assert reason in ("verification", "invalid-layer")
+    assert reason == ("verification" if change is forged else "invalid-layer")
     assert file == "data/big.bin"
     assert rig.service.status()["read_errors"] >= 1
     # the other files, and the sound part of this one, are there
