@@ -3,7 +3,8 @@
 Work comes in *jobs* of three priorities.  A worker takes the most urgent job
 that its class may run now; prefetch and background jobs have only a few of the
 workers, so that a read on demand never waits for a free one behind them, and
-background work rests while somebody waits for bytes.
+background work rests while somebody waits for bytes.  Where a dead registry holds
+all workers, others come to their relief, so that reads from living ones go on.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ class Scheduler:
         quiet_seconds: float = limits.BACKGROUND_QUIET_SECONDS,
     ) -> None:
         self._queues: tuple[deque[Job], ...] = (deque(), deque(), deque())
-        self._allowed = (workers, prefetch, background)
+        self._allowed = [workers, prefetch, background]
         self._active = [0, 0, 0]
         self._condition = threading.Condition()
         self._closed = False
         self._quiet_seconds = quiet_seconds
         self._last_demand = 0.0
+        self._last_begun = 0.0
+        self._relief = 0
+        self._watched = False
         self._threads = [
             threading.Thread(target=self._work, name=f"fetch-{number}", daemon=True)
             for number in range(workers)
@@ -63,7 +67,45 @@ class Scheduler:
             self._queues[priority].append(job)
             if priority is Priority.DEMAND:
                 self._last_demand = time.monotonic()
+                self._watch()
             self._condition.notify()
+
+    def _watch(self) -> None:
+        """Look again in a while whether reads on demand are still being begun."""
+        if self._watched or self._closed or not self._queues[Priority.DEMAND]:
+            return
+        if sum(self._active) - self._relief < len(self._threads):
+            return  # a free worker takes it
+        self._watched = True
+        timer = threading.Timer(limits.FETCH_RELIEF_SECONDS, self._relieve)
+        timer.daemon = True
+        timer.start()
+
+    def _relieve(self) -> None:
+        with self._condition:
+            self._watched = False
+            if time.monotonic() - self._last_begun >= limits.FETCH_RELIEF_SECONDS:
+                waiting = 0 if self._closed else len(self._queues[Priority.DEMAND])
+                free = limits.FETCH_RELIEF_WORKERS - self._relief
+                for _ in range(min(waiting, free, len(self._threads))):
+                    self._relief += 1
+                    self._allowed[Priority.DEMAND] += 1
+                    threading.Thread(
+                        target=self._work_in_relief, name="relief", daemon=True
+                    ).start()
+            self._watch()
+
+    def _work_in_relief(self) -> None:
+        """One job on demand after another; ends when none waits."""
+        while True:
+            with self._condition:
+                queue = self._queues[Priority.DEMAND]
+                if not queue or self._closed:
+                    self._relief -= 1
+                    self._allowed[Priority.DEMAND] -= 1
+                    return
+                job = self._begin(Priority.DEMAND)
+            self._run(Priority.DEMAND, job)
 
     def expect_demand(self) -> None:
         """A client is about to read: background work rests for a while."""
@@ -120,21 +162,30 @@ class Scheduler:
                         continue
                     if priority is Priority.BACKGROUND and self.busy:
                         continue
-                    self._active[priority] += 1
-                    return priority, queue.popleft()
+                    return priority, self._begin(priority)
                 resting = bool(self._queues[Priority.BACKGROUND])
                 self._condition.wait(self._quiet_seconds / 4 if resting else None)
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
-            priority, job = taken
-            try:
-                job()
-            except Exception:
-                _log.exception("fetch job failed")
-            finally:
-                with self._condition:
-                    self._active[priority] -= 1
-                    if priority is Priority.DEMAND:
-                        self._last_demand = time.monotonic()
-                    self._condition.notify()
+            self._run(*taken)
+
+    def _begin(self, priority: Priority) -> Job:
+        self._active[priority] += 1
+        if priority is Priority.DEMAND:
+            self._last_begun = time.monotonic()
+        job = self._queues[priority].popleft()
+        self._watch()
+        return job
+
+    def _run(self, priority: Priority, job: Job) -> None:
+        try:
+            job()
+        except Exception:
+            _log.exception("fetch job failed")
+        finally:
+            with self._condition:
+                self._active[priority] -= 1
+                if priority is Priority.DEMAND:
+                    self._last_demand = time.monotonic()
+                self._condition.notify()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 
+from layerstore import limits
 from layerstore.content import Priority, Scheduler
 
 
@@ -65,3 +66,45 @@ def test_give_way_ends_when_the_scheduler_closes():
     scheduler.close()
     thread.join(2)
     assert results == [False]
+
+
+def test_reads_go_on_while_a_dead_registry_holds_every_worker(monkeypatch):
+    monkeypatch.setattr(limits, "FETCH_RELIEF_SECONDS", 0.05)
+    scheduler = Scheduler(2, prefetch=1, background=1, quiet_seconds=0.01)
+    gate, ended = threading.Event(), threading.Semaphore(0)
+
+    def stuck() -> None:
+        gate.wait()
+        ended.release()
+
+    for _ in range(6):
+        scheduler.submit(Priority.DEMAND, stuck)
+    served = threading.Event()
+    scheduler.submit(Priority.DEMAND, served.set)
+    assert served.wait(5)
+    gate.set()
+    assert all(ended.acquire(timeout=5) for _ in range(6))
+    assert wait_for(lambda: not any(t.name == "relief" for t in threading.enumerate()))
+    scheduler.close()
+
+
+def test_relief_is_bounded_and_comes_only_to_the_stuck(monkeypatch):
+    monkeypatch.setattr(limits, "FETCH_RELIEF_SECONDS", 0.02)
+    monkeypatch.setattr(limits, "FETCH_RELIEF_WORKERS", 3)
+    scheduler = Scheduler(2, prefetch=1, background=1, quiet_seconds=0.01)
+    gate, begun = threading.Event(), []
+
+    def stuck() -> None:
+        begun.append(1)
+        gate.wait()
+
+    for _ in range(20):
+        scheduler.submit(Priority.DEMAND, stuck)
+    assert wait_for(lambda: len(begun) == 5)
+    time.sleep(0.2)
+    assert len(begun) == 5
+    assert sum(scheduler._allowed) == 2 + 3 + 1 + 1
+    gate.set()
+    assert wait_for(lambda: len(begun) == 20)
+    assert wait_for(lambda: sum(scheduler._allowed) == 4)
+    scheduler.close()
