@@ -42,6 +42,7 @@ class Match:
     manifest: Manifest
     number: int  # position in manifest.layers
     dialect: Dialect
+    repeated: bool = False  # the image has this layer more than once
 
     @property
     def descriptor(self) -> Descriptor:
@@ -78,7 +79,8 @@ class Images:
         raise Refusal(NOT_IN_IMAGE, f"no layer {name} in the image", subject=reference)
 
     def find_anywhere(self, name: Digest, deadline: float) -> Match:
-        """The layer ``name`` of any image that is known already."""
+        """The layer ``name`` of any image that is known already; of one that repeats it, if any."""
+        found: Match | None = None
         for reference in self._state.references():
             parsed = Reference.parse(reference)
             for pinned in self._state.pins(reference):
@@ -86,9 +88,11 @@ class Images:
                     match = self._search(parsed, pinned, name, deadline, fetch=False)
                 except LayerstoreError:
                     continue
-                if match is not None:
-                    return match
-        raise Refusal(UNKNOWN_LAYER, "no known image has this layer", subject=name)
+                if match is not None and (found is None or match.repeated):
+                    found = match
+        if found is None:
+            raise Refusal(UNKNOWN_LAYER, "no known image has this layer", subject=name)
+        return found
 
     def diff_id(self, match: Match, deadline: float) -> Digest:
         """The DiffID that the image's config gives for the layer."""
@@ -149,11 +153,16 @@ class Images:
         fetch: bool = True,
     ) -> Match | None:
         for manifest in self._manifests(reference, digest, deadline, fetch=fetch):
-            for number, layer in enumerate(manifest.layers):
-                if layer.digest == name:
-                    return Match(reference, manifest, number, Dialect.LAYER)
-                if _announced_toc(layer) == name:
-                    return Match(reference, manifest, number, Dialect.TOC)
+            numbers = [
+                number
+                for number, layer in enumerate(manifest.layers)
+                if name in (layer.digest, _announced_toc(layer))
+            ]
+            if numbers:
+                first = numbers[0]
+                is_blob = manifest.layers[first].digest == name
+                dialect = Dialect.LAYER if is_blob else Dialect.TOC
+                return Match(reference, manifest, first, dialect, repeated=len(numbers) > 1)
         return None
 
     def _manifests(

@@ -29,6 +29,7 @@ class Refusal(LayerstoreError):
 
 BUSY = "busy"
 NOT_IN_IMAGE = "not-in-image"
+REPEATED = "repeated-layer"
 UNKNOWN_LAYER = "unknown-layer"
 NO_TOC = "no-toc-annotation"
 NO_SIZE = "no-uncompressed-size"

@@ -24,7 +24,7 @@ from layerstore.provider.images import Images, Match
 from layerstore.provider.info import Dialect, layer_info, toc_info
 from layerstore.provider.layers import Layers
 from layerstore.provider.loader import Loader, announced_toc
-from layerstore.provider.refusal import BUSY, NO_SIZE, Refusal
+from layerstore.provider.refusal import BUSY, NO_SIZE, REPEATED, Refusal
 from layerstore.provider.state import State, View
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
@@ -202,6 +202,9 @@ class Store:
             else self._images.find_anywhere(name, deadline)
         )
         announced_toc(match.descriptor)
+        if match.repeated:
+            # its one path would stand for several lower directories: overlayfs refuses (ELOOP)
+            raise Refusal(REPEATED, "the image has this layer more than once", subject=reference)
         self._load_others(match, deadline)
         diff_id = self._images.diff_id(match, deadline)
         record = self._loader.load(match.reference, match.descriptor, deadline)

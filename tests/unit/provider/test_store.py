@@ -96,6 +96,16 @@ def test_a_name_in_no_image_is_refused_with_its_reason(asker, publisher, registr
     assert asker.store.status()["lookups"] == {"not-in-image": 1}
 
 
+def test_a_layer_that_an_image_has_twice_is_refused(asker, publisher, registry):
+    """Its one path would be two lower directories of one overlay, which the kernel refuses."""
+    image = publisher.push("app", "1", [{"x": b"once"}, {"y": b"twice"}, {"y": b"twice"}])
+    once, twice = image.layers[0], image.layers[1]
+    assert asker.read(asker.view(ref(registry), once.digest), "x") == b"once"
+    for name in (twice.digest, twice.toc_digest):
+        assert asker.reason(ref(registry), name) == "repeated-layer"
+        assert asker.reason("", name) == "repeated-layer"
+
+
 def test_every_platform_of_an_index_is_searched(asker, publisher, registry):
     amd = publisher.push("app", None, [{"x": b"amd"}], architecture="amd64")
     arm = publisher.push("app", None, [{"x": b"arm"}], architecture="arm64")
