@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,31 @@ class Pushed:
 MakeRig = Callable[..., Rig]
 Push = Callable[[StoredImage, str], Pushed]
 PlainTree = Callable[[Pushed], Tree]
+Document = dict[str, Any]
+
+
+def edited(image: StoredImage, layout: Path, change: Callable[[Document, Document], None]) -> Path:
+    """A copy of an image's layout whose manifest and config ``change`` has worked on."""
+    shutil.copytree(image.layout, layout)
+
+    def load(name: str) -> Document:
+        document: Document = json.loads(image.blob(name).read_bytes())
+        return document
+
+    def store(document: Document) -> Document:
+        raw = json.dumps(document).encode()
+        name = hashlib.sha256(raw).hexdigest()
+        (layout / "blobs/sha256" / name).write_bytes(raw)
+        return {"digest": f"sha256:{name}", "size": len(raw)}
+
+    manifest = load(image.digest)
+    config = load(manifest["config"]["digest"])
+    change(manifest, config)
+    manifest["config"] |= store(config)
+    index = json.loads((layout / "index.json").read_bytes())
+    index["manifests"][0] |= store(manifest)
+    (layout / "index.json").write_text(json.dumps(index))
+    return layout
 
 
 def layer_path(store: Path, image: str, name: str) -> Path:

@@ -7,7 +7,6 @@ import collections
 import hashlib
 import json
 import re
-import shutil
 import struct
 import threading
 import time
@@ -147,16 +146,11 @@ def rig_on(make_rig: MakeRig, sim: SimRegistry) -> RigOn:
 @pytest.fixture(scope="session")
 def mislabelled(push: Push, small: Pushed, workspace: Path) -> Pushed:
     """The small image whose middle layer announces another TOC than it has."""
-    layout = workspace / "mislabelled"
-    shutil.copytree(small.image.layout, layout)
-    manifest = json.loads(small.image.blob(small.image.digest).read_bytes())
-    manifest["layers"][BIG]["annotations"][keys.ESTARGZ_TOC_DIGEST] = f"sha256:{'5' * 64}"
-    raw = json.dumps(manifest).encode()
-    name = hashlib.sha256(raw).hexdigest()
-    (layout / "blobs/sha256" / name).write_bytes(raw)
-    index = json.loads((layout / "index.json").read_bytes())
-    index["manifests"][0] |= {"digest": f"sha256:{name}", "size": len(raw)}
-    (layout / "index.json").write_text(json.dumps(index))
+
+    def change(manifest: lab.Document, config: lab.Document) -> None:
+        manifest["layers"][BIG]["annotations"][keys.ESTARGZ_TOC_DIGEST] = f"sha256:{'5' * 64}"
+
+    layout = lab.edited(small.image, workspace / "mislabelled", change)
     return push(oci.read_image(layout, "latest"), "mislabelled/small:1")
 
 

@@ -1,6 +1,5 @@
 """Ordinary images beside the store, and our images as ordinary ones for everybody else."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -34,25 +33,14 @@ def ordinary(push: Push) -> Pushed:
 def mixed(push: Push, small: Pushed, workspace: Path) -> Pushed:
     """The small image, its middle layer ordinary and the others lazy."""
     plain = images.small_image()
-    layout = workspace / "mixed"
-    shutil.copytree(small.image.layout, layout)
-    for name in plain.layers[1].digest, plain.digest:
-        shutil.copy(plain.blob(name), layout / "blobs" / name.replace(":", "/"))
-    manifest = json.loads(small.image.blob(small.image.digest).read_bytes())
-    config = json.loads(small.image.blob(manifest["config"]["digest"]).read_bytes())
-    manifest["layers"][1] = json.loads(plain.blob(plain.digest).read_bytes())["layers"][1]
-    config["rootfs"]["diff_ids"][1] = plain.layers[1].diff_id
 
-    def store(document: object) -> dict[str, object]:
-        raw = json.dumps(document).encode()
-        name = hashlib.sha256(raw).hexdigest()
-        (layout / "blobs/sha256" / name).write_bytes(raw)
-        return {"digest": f"sha256:{name}", "size": len(raw)}
+    def change(manifest: lab.Document, config: lab.Document) -> None:
+        manifest["layers"][1] = json.loads(plain.blob(plain.digest).read_bytes())["layers"][1]
+        config["rootfs"]["diff_ids"][1] = plain.layers[1].diff_id
 
-    manifest["config"] |= store(config)
-    index = json.loads((layout / "index.json").read_bytes())
-    index["manifests"][0] |= store(manifest)
-    (layout / "index.json").write_text(json.dumps(index))
+    layout = lab.edited(small.image, workspace / "mixed", change)
+    name = plain.layers[1].digest
+    shutil.copy(plain.blob(name), layout / "blobs" / name.replace(":", "/"))
     return push(oci.read_image(layout, "latest"), "mixed/small:1")
 
 

@@ -3,14 +3,15 @@
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from lab import images
+from lab import images, oci
 from lab import rig as lab
 from lab.oci import StoredImage
 from lab.podman import Flavour, PodmanEnv
-from lab.rig import MakeRig, Push, Pushed, Rig
+from lab.rig import MakeRig, PlainTree, Push, Pushed, Rig
 from layerstore import limits
 
 HELLO = "hello from small amd64: 199 files\n"
@@ -26,6 +27,35 @@ def second(push_lazy: Push) -> Pushed:
 def multi(push_lazy: Push) -> Pushed:
     """An index of small images for amd64 and arm64."""
     return push_lazy(images.small_index(), "lazy/multi:1")
+
+
+@pytest.fixture(scope="session")
+def repeated(push: Push, small: Pushed, workspace: Path) -> Pushed:
+    """The small image with its middle layer twice."""
+
+    def change(manifest: lab.Document, config: lab.Document) -> None:
+        for layers in manifest["layers"], config["rootfs"]["diff_ids"]:
+            layers.insert(2, layers[1])
+        config["history"].insert(2, config["history"][1])
+
+    layout = lab.edited(small.image, workspace / "repeated", change)
+    return push(oci.read_image(layout, "latest"), "repeated/small:1")
+
+
+def test_a_layer_that_is_there_twice_is_pulled_plainly(
+    rig: Rig, repeated: Pushed, small: Pushed, plain_tree: PlainTree
+) -> None:
+    """It has one path in the store, and overlayfs takes no directory twice."""
+    image = rig.image(repeated.name)
+    rig.env.podman("pull", image)
+    assert len(lab.extracted_layers(rig.env)) == 2
+    assert _fetched(rig, repeated.image) == {small.image.layers[1].digest}
+    assert "lookup-refused reason=repeated-layer" in rig.service.log()
+    assert rig.env.podman("run", "--rm", image).stdout == HELLO
+    assert lab.differing(plain_tree(small), lab.image_tree(rig.env, image)) == []
+    rig.env.podman("rmi", image)
+    rig.env.podman("pull", image)
+    assert rig.env.podman("run", "--rm", image).stdout == HELLO
 
 
 def test_a_moved_tag_leaves_the_old_image_alone_and_brings_the_new_one_lazily(
