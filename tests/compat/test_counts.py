@@ -1,10 +1,11 @@
 """Use counts: a hint for the store's own housekeeping, exact as long as clients behave."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lab import rig as lab
-from lab.podman import Flavour, PodmanEnv
+from lab.podman import FLAVOURS, Flavour, PodmanEnv
 from lab.rig import MakeRig, Pushed, Rig
 
 HELLO = "hello from small amd64: 199 files\n"
@@ -79,3 +80,27 @@ def test_a_lost_graph_root_is_no_harm(rig: Rig, small: Pushed, workspace: Path) 
     rig.env.podman("pull", image)
     assert rig.env.podman("run", "--rm", image).stdout == HELLO
     assert uses(rig) == {2}
+
+
+def test_both_dialects_share_what_was_fetched(
+    make_rig: MakeRig, make_podman_env: Callable[..., PodmanEnv], small: Pushed
+) -> None:
+    """Podman 4 and 5 at once on one store: two names, one layer."""
+    rig = make_rig("debian12")
+    image = rig.image(small.name)
+    envs = [
+        make_podman_env(flavour, registries=(rig.client.host,), additional_layer_store=rig.store)
+        for flavour in FLAVOURS
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda env: env.podman("pull", image), envs))
+        ran = pool.map(lambda env: env.podman("run", "--rm", image).stdout, envs)
+        assert list(ran) == [HELLO, HELLO]
+    rig.service.wait_complete()
+    assert len(rig.service.status()["layers"]) == len(small.image.layers)
+    assert uses(rig) == {2}
+    assert rig.share(small.image) < 1.05
+    for env in envs:
+        assert len(lab.store_layers(env, rig.store)) == len(small.image.layers)
+        env.podman("rmi", image)
+    assert uses(rig) == {0}

@@ -1,8 +1,10 @@
 """Large and foreign images: through the store they are the same trees as from a plain pull."""
 
+from pathlib import Path
+
 import pytest
 
-from lab import ctrremote, images
+from lab import ctrremote, images, oci, tars
 from lab import rig as lab
 from lab.debian import DebianError
 from lab.podman import Flavour
@@ -53,3 +55,24 @@ def test_an_image_of_ctr_remote(rig: Rig, foreign: Pushed, plain_tree: PlainTree
     assert len(lab.store_layers(rig.env, rig.store)) == len(foreign.image.layers)
     assert lab.differing(plain_tree(foreign), lab.image_tree(rig.env, image), seconds=True) == []
     assert "lookup-refused" not in rig.service.log()
+
+
+@pytest.fixture(scope="session")
+def hollow(push_lazy: Push, workspace: Path) -> Pushed:
+    """A busybox with layers on top that hold no file: of an empty archive, and of a whiteout."""
+    base = images.tar_bytes(images.base_members())
+    removal = images.tar_bytes([tars.whiteout(b"opt/plugins/old")])
+    sources = [oci.LayerSource(tar) for tar in (base, bytes(1024), removal)]
+    config = oci.RunConfig(cmd=("ls", "/opt/plugins"))
+    return push_lazy(oci.write_image(workspace / "hollow", "1", sources, config), "lazy/hollow:1")
+
+
+def test_layers_without_files(rig: Rig, hollow: Pushed, plain_tree: PlainTree) -> None:
+    image = rig.image(hollow.name)
+    rig.env.podman("pull", image)
+    assert len(lab.store_layers(rig.env, rig.store)) == len(hollow.image.layers)
+    assert rig.env.podman("run", "--rm", image).stdout == "deep\n"
+    # directories without an entry of their own get the time of the day from an extraction
+    implicit = {b"opt", b"opt/plugins"}
+    tree = lab.image_tree(rig.env, image)
+    assert lab.differing(plain_tree(hollow), tree, any_mtime=implicit) == []
