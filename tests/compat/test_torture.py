@@ -25,6 +25,12 @@ def lazy(push: Push) -> Pushed:
     return push(ctrremote.converted(torture.torture_image()), "lazy/torture:1")
 
 
+@pytest.fixture(scope="session")
+def ours(push_lazy: Push) -> Pushed:
+    """The image as layerstore converts it."""
+    return push_lazy(torture.torture_image(), "ours/torture:1")
+
+
 def below(tree: Tree, directory: bytes) -> set[bytes]:
     start = TOP + directory + b"/"
     return {path.removeprefix(start) for path in tree if path.startswith(start)}
@@ -74,5 +80,21 @@ def test_through_the_store_it_is_the_same_tree(
         lab.image_tree(rig.env, image),
         ignore={*trees.FORMAT_FILES, *trees.ROOT},
         any_mtime=torture.IMPLICIT_DIRECTORIES | torture.INEXACT_TIMES,
+    )
+    assert differences == []
+
+
+def test_converted_by_us_every_layer_is_lazy_and_the_same_tree(
+    rig: Rig, plain: Pushed, ours: Pushed, plain_tree: PlainTree
+) -> None:
+    image = rig.image(ours.name)
+    rig.env.podman("pull", "-q", image)
+    assert lab.extracted_layers(rig.env) == []
+    assert rig.env.podman("run", "--rm", image).stdout == HELLO
+    differences = trees.compare(
+        plain_tree(plain),
+        lab.image_tree(rig.env, image),
+        ignore={*trees.FORMAT_FILES, *trees.ROOT},
+        any_mtime=torture.IMPLICIT_DIRECTORIES,
     )
     assert differences == []
