@@ -10,7 +10,6 @@ from typing import Final
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
-GIB: Final = 1024 * MIB
 
 # -- images -------------------------------------------------------------------
 MANIFEST_BYTES: Final = 4 * MIB  # OCI distribution specification: clients need not take more
@@ -68,7 +67,6 @@ ENDPOINT_REST_SECONDS: Final = 30.0  # a mirror that failed to answer is asked l
 TOC_TAIL_MIN_BYTES: Final = 64 * KIB  # first guess for footer and TOC in one request: at least
 TOC_TAIL_MAX_BYTES: Final = 2 * MIB  # at most
 WHOLE_BLOB_BYTES: Final = 4 * MIB  # taken whole at a lookup where the registry ignores ranges
-FETCH_GAP_BYTES: Final = 64 * KIB  # unneeded bytes worth fetching to save a request
 PREFETCH_RANGE_BYTES: Final = 8 * MIB
 BACKGROUND_RANGE_BYTES: Final = 32 * MIB
 DEMAND_RANGE_FIRST_BYTES: Final = 512 * KIB  # one on-demand range before the link is measured

@@ -156,13 +156,6 @@ class LayerContent:
                 return error
         return None
 
-    def open_complete(self, entry: int) -> OpenFile | None:
-        """The object that holds the whole file, if it is complete."""
-        content = self._map.content(entry)
-        if content is None:
-            return None
-        return self._objects.open(content.digest or content.key)
-
     def read_blob(self, offset: int, size: int) -> bytes | None:
         """Bytes of the compressed blob, once all of it is here and verified; else None."""
         if not self._verified:
@@ -304,11 +297,6 @@ class LayerContent:
     def stored_bytes(self) -> int:
         """How many bytes of the compressed blob are stored."""
         return self._blob.stored_bytes
-
-    @property
-    def blob_size(self) -> int:
-        """Size of the compressed blob in bytes."""
-        return self._blob.size
 
     def seed(self, end: bytes) -> None:
         """Take over the last bytes of the blob, which were read to resolve the layer."""

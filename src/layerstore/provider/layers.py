@@ -95,11 +95,6 @@ class Layers:
         """The layer if it is open.  Never waits."""
         return self._open.get(slot)
 
-    def open_layers(self) -> tuple[Layer, ...]:
-        """All open layers."""
-        with self._lock:
-            return tuple(self._open.values())
-
     def add_reference(self, slot: int, reference: Reference) -> None:
         """The blob of the layer can be fetched from this reference's repository, too."""
         with self._lock:
