@@ -175,6 +175,33 @@ class StorageError(LayerstoreError):
     fault = Fault.LOCAL
 
 
+class CorruptStorage(StorageError):
+    """A graph root whose records or files contradict each other or cannot be read."""
+
+    code = "corrupt-storage"
+
+
+class UnknownObject(LayerstoreError):
+    """A name or id that no image, layer or container of the storage has, or too many have."""
+
+    code = "no-such-object"
+    fault = Fault.CALLER
+
+
+class InUse(LayerstoreError):
+    """An object that cannot be removed or renamed because others need it."""
+
+    code = "in-use"
+    fault = Fault.CALLER
+
+
+class PolicyRejected(LayerstoreError):
+    """An image that the signature policy of this machine does not accept."""
+
+    code = "policy-rejected"
+    fault = Fault.CONTENT
+
+
 class MountError(LayerstoreError):
     """The kernel or fusermount3 refused a mount."""
 
