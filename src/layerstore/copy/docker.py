@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from layerstore import limits
-from layerstore.copy.transport import ImageSource, Pieces
+from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
 from layerstore.errors import NetworkError, RegistryError, UsageError
 from layerstore.image import Digest, Reference
 from layerstore.registry import BlobReader, FetchedManifest, RegistryClient
@@ -15,12 +15,24 @@ from layerstore.registry import BlobReader, FetchedManifest, RegistryClient
 _WORTH_BYTES: Final = 1 << 20
 
 
-class RegistryImage:
+class RegistryImage(ImageSource, ImageDestination):
     """Source and destination in one; closing it leaves the client to its owner."""
+
+    transport = "docker"
 
     def __init__(self, client: RegistryClient, reference: Reference) -> None:
         self._client = client
-        self.reference = reference
+        self._reference = reference
+
+    @property
+    def reference(self) -> Reference:
+        """The image's name."""
+        return self._reference
+
+    @property
+    def identity(self) -> Reference:
+        """See ``ImageSource``."""
+        return self._reference
 
     # -- source -------------------------------------------------------------------
 

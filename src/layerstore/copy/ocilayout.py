@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from layerstore import limits
-from layerstore.copy.transport import ImageSource, Pieces
+from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
 from layerstore.errors import (
     InvalidManifest,
     LimitExceeded,
@@ -44,8 +44,10 @@ def parse_name(text: str) -> tuple[Path, str | None]:
     return Path(directory), tag or None
 
 
-class OciLayout:
+class OciLayout(ImageSource, ImageDestination):
     """Source and destination in one; ``tag`` None is the only image of the layout."""
+
+    transport = "oci"
 
     def __init__(self, directory: Path, tag: str | None) -> None:
         self._directory = directory
