@@ -110,3 +110,7 @@ CONTROL_REQUEST_BYTES: Final = 64 * KIB
 CONTROL_ANSWER_BYTES: Final = 64 * MIB
 CONTROL_CONNECTIONS: Final = 32
 CONTROL_SECONDS: Final = 10.0
+
+# -- graph root ------------------------------------------------------------------
+LAYER_INFO_BYTES: Final = 1 * MIB  # `info` of a layer in an additional layer store
+LAYER_STORE_SECONDS: Final = RESOLVE_ANSWER_SECONDS + 3.0  # a store has for one lookup
