@@ -81,9 +81,9 @@ class LayerFacts:
 
 class _Info(msgspec.Struct, rename="kebab"):
     compressed_diff_digest: str | None = None
-    compressed_size: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 63)] = 0
+    compressed_size: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)] = 0
     diff_digest: str | None = None
-    diff_size: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 63)] = 0
+    diff_size: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)] = 0
     compression: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
     toc_digest: str | None = None
     flags: msgspec.Raw = msgspec.Raw(b"null")
@@ -185,7 +185,7 @@ class _Task(Generic[_T]):
     takes back what it did when it returns after all.
     """
 
-    def __init__(self, work: Callable[[], _T], undo: Callable[[], None] | None = None) -> None:
+    def __init__(self, work: Callable[[], _T], undo: Callable[[_T], None] | None = None) -> None:
         self._work = work
         self._undo = undo
         self._lock = threading.Lock()
@@ -205,7 +205,7 @@ class _Task(Generic[_T]):
                 self._value.append(value)
                 late = self._given_up
             if late and self._undo is not None:
-                self._undo()
+                self._undo(value)
         self._ready.set()
 
     def result(self, seconds: float) -> _T:
@@ -236,7 +236,7 @@ class _Store:
             return None
         return self.path / base64.b64encode(str(reference).encode()).decode() / digest
 
-    def call(self, work: Callable[[], _T], undo: Callable[[], None] | None = None) -> _T:
+    def call(self, work: Callable[[], _T], undo: Callable[[_T], None] | None = None) -> _T:
         """Run ``work`` within the time; a store that was once too slow is not waited for."""
         try:
             return _Task(work, undo).result(0.0 if self.hung else self.seconds)
@@ -370,7 +370,7 @@ class LayerStores:
                 continue
             look = partial(_look, store.files, path, digest, dialect)
             try:
-                facts = store.call(look, partial(store.files.release, path))
+                facts = store.call(look, partial(_give_back, store.files, path))
             except FileNotFoundError:
                 self._miss(path, "not there")
             except Exception as error:  # a store's fault is never the pull's
@@ -398,6 +398,12 @@ def _look(files: StoreFiles, path: Path, digest: Digest, dialect: Dialect) -> La
     except BaseException:
         files.release(path)
         raise
+
+
+def _give_back(files: StoreFiles, path: Path, facts: LayerFacts) -> None:
+    """Undo ``_look``."""
+    del facts
+    files.release(path)
 
 
 def _believed(facts: LayerFacts, digest: Digest, dialect: Dialect) -> LayerFacts:
@@ -474,8 +480,12 @@ def open_blob(
             files.release(path)
             raise
 
+    def end(late: tuple[BinaryIO, LayerFacts]) -> None:
+        late[0].close()
+        files.release(path)
+
     try:
-        stream, facts = store.call(begin, lambda: files.release(path))
+        stream, facts = store.call(begin, end)
     except OSError as error:
         raise StorageError(
             f"the layer store does not give the layer: {error.strerror or error}",
