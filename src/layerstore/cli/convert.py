@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from layerstore.copy import ConvertOptions, ConvertResult, LayerProgress
 from layerstore.copy import convert as convert_image
+from layerstore.copy.bars import listener
 from layerstore.copy.convert import Progress as Listener
+from layerstore.copy.progress import PullItem, PullListener
 from layerstore.errors import ConfigError
 from layerstore.formats import EstargzOptions
 from layerstore.formats.estargz_writer import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL
@@ -79,8 +77,8 @@ def convert(
         source_settings=settings,
         destination_settings=settings,
     )
-    with _listener(quiet=quiet) as listener:
-        result = convert_image(src, dst, options, listener)
+    with listener(quiet=quiet) as shown:
+        result = convert_image(src, dst, options, _teller(shown))
     for path in result.not_found:
         print(f"layerstore: no layer holds the file to place first: {path}", file=sys.stderr)
     if json:
@@ -103,41 +101,21 @@ def _paths(given: list[str]) -> tuple[str, ...]:
     return tuple(paths)
 
 
-@contextmanager
-def _listener(*, quiet: bool) -> Iterator[Listener | None]:
-    """Progress bars on a terminal, one line for each finished layer elsewhere."""
-    console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield None
-        return
-    if not console.is_terminal:
-        yield _plain_lines
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console) as bars:
-        yield _bars(bars)
+def _teller(shown: PullListener) -> Listener:
+    """Passes what a conversion tells on to the one that shows it."""
+    items: dict[str, PullItem] = {}
 
-
-def _plain_lines(event: LayerProgress) -> None:
-    if event.phase == "done":
-        print(f"{event.layer[:19]} done, {event.total} bytes", file=sys.stderr, flush=True)
-
-
-def _bars(bars: Progress) -> Listener:
-    tasks: dict[str, TaskID] = {}
-
-    def show(event: LayerProgress) -> None:
-        task = tasks.get(event.layer)
-        if task is None:
-            task = tasks[event.layer] = bars.add_task("", total=None)
+    def tell(event: LayerProgress) -> None:
+        item = items.get(event.layer)
+        if item is None:
+            item = items[event.layer] = shown.copying("blob", event.layer, event.total)
         if event.phase == "done":
-            bars.update(task, description=f"{event.layer[7:19]} done", completed=event.total)
+            item.done()
         else:
-            phase = _PHASES[event.phase]
-            bars.update(task, description=f"{event.layer[7:19]} {phase}", completed=event.done)
-        bars.update(task, total=event.total)
+            item.step(_PHASES[event.phase])
+            item.at(event.done, event.total)
 
-    return show
+    return tell
 
 
 def _report(result: ConvertResult) -> dict[str, Any]:
