@@ -112,5 +112,10 @@ CONTROL_CONNECTIONS: Final = 32
 CONTROL_SECONDS: Final = 10.0
 
 # -- graph root ------------------------------------------------------------------
+LOCK_SHARE_SECONDS: Final = 0.1  # so long readers may join others, then they queue up anew
+LOCK_RETRY_SECONDS: Final = 0.01  # after the kernel took a wait for a deadlock
+RECORDS_BYTES: Final = 256 * MIB  # one layers.json, images.json or containers.json
+BIG_DATA_BYTES: Final = 256 * MIB  # one big data item; a zstd:chunked manifest is the largest
+STORAGE_CONF_BYTES: Final = 4 * MIB  # one storage.conf
 LAYER_INFO_BYTES: Final = 1 * MIB  # `info` of a layer in an additional layer store
 LAYER_STORE_SECONDS: Final = RESOLVE_ANSWER_SECONDS + 3.0  # a store has for one lookup
