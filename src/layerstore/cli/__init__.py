@@ -1,4 +1,8 @@
-"""The command line: one file a group of verbs, no logic of its own."""
+"""The command line: one file a group of verbs, no logic of its own.
+
+A verb's module is loaded when the verb is used: ``layerstore serve`` and
+``layerstore images`` have little in common, and each is started often.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,25 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from itertools import chain
+from typing import Annotated, Final, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from layerstore import __version__
-from layerstore.cli.convert import convert
-from layerstore.cli.serve import serve
-from layerstore.cli.status import status
-from layerstore.errors import Fault, LayerstoreError
+from layerstore.cli.common import exit_status
+from layerstore.errors import LayerstoreError
+
+VERBS: Final = {
+    "Service": {
+        "serve": "serve:serve",
+        "status": "status:status",
+    },
+    "Moving images": {
+        "convert": "convert:convert",
+    },
+}
+"""Group of verbs -> verb -> ``module:function`` below this package."""
 
 app = App(
     name="layerstore",
@@ -23,9 +37,9 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
-app.command(serve)
-app.command(status)
-app.command(convert)
+for _group, _verbs in VERBS.items():
+    for _verb, _place in _verbs.items():
+        app.command(f"{__name__}.{_place}", name=_verb, group=_group)
 
 
 @app.meta.default
@@ -42,7 +56,7 @@ def _launch(
     except LayerstoreError as error:
         if debug:
             raise
-        _fail(str(error), 2 if error.fault is Fault.CALLER else 1)
+        _fail(str(error), exit_status(error))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
@@ -64,13 +78,23 @@ def _usage(error: CycloptsError) -> str:
     return f"{said} (see `layerstore --help`)"
 
 
+def _load_every_verb() -> None:
+    """The list of verbs has the first line of each docstring."""
+    for verb in chain.from_iterable(VERBS.values()):
+        app[verb]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the ``layerstore`` program.
 
-    Ends with status 0; 2 for a command line or configuration that makes no sense;
-    1 for everything else.
+    Ends with status 0; 2 for a command line or configuration that makes no sense and
+    for what others still need; 1 for everything else.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    known = {"--version", *chain.from_iterable(VERBS.values())}
+    if not any(token in known for token in given):
+        _load_every_verb()
     try:
-        app.meta(arguments, exit_on_error=False, print_error=False)
+        app.meta(given, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(_usage(error), 2)

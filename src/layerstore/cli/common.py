@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from layerstore.errors import Fault, LayerstoreError, UnknownObject
+
 if TYPE_CHECKING:
     from layerstore.graphroot.storageconf import StorageConfig
     from layerstore.graphroot.store import Store
@@ -113,6 +115,23 @@ def _explicit(creds: str, host: str | None) -> Any:
         return Credential(username, password)
 
     return source
+
+
+# -- errors ------------------------------------------------------------------------
+
+
+def exit_status(error: LayerstoreError) -> int:
+    """2 for what the caller got wrong, 1 for the rest and for what is simply not there."""
+    return 2 if error.fault is Fault.CALLER and not isinstance(error, UnknownObject) else 1
+
+
+def finish(errors: Sequence[LayerstoreError]) -> None:
+    """Ends the program if a verb with several arguments failed for some: one line for each."""
+    if not errors:
+        return
+    for error in errors:
+        print(f"layerstore: {error}", file=sys.stderr)
+    sys.exit(max(map(exit_status, errors)))
 
 
 # -- output ------------------------------------------------------------------------
