@@ -112,6 +112,12 @@ CONTROL_CONNECTIONS: Final = 32
 CONTROL_SECONDS: Final = 10.0
 
 # -- graph root ------------------------------------------------------------------
+LAYER_ENTRIES: Final = 4_000_000  # entries of one layer's tar archive
+LAYER_BYTES: Final = 16 * 1024 * 1024 * MIB  # uncompressed tar stream of one layer
+TAR_TRAILER_BYTES: Final = 64 * MIB  # kept of what follows the end of an archive
+OPEN_DIRECTORIES: Final = 64  # descriptors kept by the extraction of one layer
+STAGE_PIECE_BYTES: Final = 1 * MIB  # of a layer, handed from thread to thread
+STAGE_PIECES: Final = 4  # waiting for the next thread
 LOCK_SHARE_SECONDS: Final = 0.1  # so long readers may join others, then they queue up anew
 LOCK_RETRY_SECONDS: Final = 0.01  # after the kernel took a wait for a deadlock
 RECORDS_BYTES: Final = 256 * MIB  # one layers.json, images.json or containers.json
@@ -119,3 +125,15 @@ BIG_DATA_BYTES: Final = 256 * MIB  # one big data item; a zstd:chunked manifest 
 STORAGE_CONF_BYTES: Final = 4 * MIB  # one storage.conf
 LAYER_INFO_BYTES: Final = 1 * MIB  # `info` of a layer in an additional layer store
 LAYER_STORE_SECONDS: Final = RESOLVE_ANSWER_SECONDS + 3.0  # a store has for one lookup
+
+# -- copying -----------------------------------------------------------------------
+PULL_PARALLEL: Final = 6  # layers of an image under way at once, as containers/image
+PULL_ATTEMPTS: Final = 4  # of an image whose layers others remove meanwhile
+STAGE_ATTEMPTS: Final = 4  # of a layer whose staging directory others remove
+SPOOL_MIN_BYTES: Final = 1 * MIB  # blobs from this size on are kept while they come
+SPOOL_SECONDS: Final = 7 * 86400.0  # what has come of a blob is kept so long
+ARCHIVE_MEMBERS: Final = 65_536  # files of one image archive
+ARCHIVE_BYTES: Final = 256 * 1024 * MIB  # of an archive or a layer in one, unpacked
+SIGNATURES: Final = 128  # of one manifest
+SIGNATURE_BYTES: Final = 4 * MIB
+INDEX_NESTING: Final = 4  # indexes inside indexes
