@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from types import TracebackType
 from typing import Final, Self
 
@@ -44,9 +44,9 @@ class RegistryImage(ImageSource, ImageDestination):
         """See ``ImageSource``."""
         return self._client.blob(self.reference, digest, limit)
 
-    def open_blob(self, digest: Digest, size: int) -> _Resumed:
-        """See ``ImageSource``; a connection that breaks is taken up where it broke."""
-        return _Resumed(self._client, self.reference, digest, size)
+    def open_blob(self, digest: Digest, size: int, offset: int = 0) -> ResumedBlob:
+        """See ``ImageSource``; from ``offset`` on, and broken connections are taken up again."""
+        return ResumedBlob(self._client, self.reference, digest, size, offset)
 
     def read_range(self, digest: Digest, size: int, offset: int, length: int) -> bytes:
         """See ``ImageSource``; a registry without ranges sends the blob from its start."""
@@ -94,35 +94,46 @@ def destination_reference(text: str) -> Reference:
     return reference
 
 
-class _Resumed:
+class ResumedBlob:
+    """A blob from ``offset`` on; a connection that breaks is taken up where it broke.
+
+    ``close`` may be called from another thread, and ends a ``read`` that waits.
+    """
+
     def __init__(
-        self, client: RegistryClient, reference: Reference, digest: Digest, size: int
+        self,
+        client: RegistryClient,
+        reference: Reference,
+        digest: Digest,
+        size: int,
+        offset: int = 0,
     ) -> None:
         self._client = client
         self._reference = reference
         self._digest = digest
         self._size = size
-        self._offset = 0
+        self._offset = offset
         self._failures = 0
-        self._broken_at = 0
+        self._broken_at = offset
         self._reader: BlobReader | None = None
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def read(self, n: int, /) -> bytes:
+        """At most ``n`` bytes, ``b""`` only at the end.  Raises ``NetworkError``."""
         while self._offset < self._size:
             try:
-                if self._reader is None:
-                    self._reader = self._open()
-                data = self._reader.read_some(n)
+                data = self._opened().read_some(n)
             except NetworkError:
-                self._close()
+                self._drop()
                 # Only a connection that brought something worth while earns a new count.
                 if self._offset - self._broken_at >= _WORTH_BYTES:
                     self._failures = 0
                 self._broken_at = self._offset
                 self._failures += 1
-                if self._failures >= limits.ATTEMPTS:
+                if self._failures >= limits.ATTEMPTS or self._closed.is_set():
                     raise
-                time.sleep(limits.BACKOFF_FIRST_SECONDS * 2**self._failures)
+                self._closed.wait(limits.BACKOFF_FIRST_SECONDS * 2**self._failures)
                 continue
             if not data:
                 break
@@ -130,21 +141,29 @@ class _Resumed:
             return data
         return b""
 
-    def _open(self) -> BlobReader:
+    def close(self) -> None:
+        """Drop the connection; reads fail from now on."""
+        self._closed.set()
+        self._drop()
+
+    def _opened(self) -> BlobReader:
+        if self._reader is not None:
+            return self._reader
         reader = self._client.open_blob(
             self._reference, self._digest, offset=self._offset, size=self._size
         )
-        try:
-            _skip(reader, self._offset - reader.start)
-        except BaseException:
-            reader.close()
-            raise
+        with self._lock:
+            self._reader = reader
+        if self._closed.is_set():
+            raise NetworkError("the blob was closed", subject=str(self._digest))
+        _skip(reader, self._offset - reader.start)
         return reader
 
-    def _close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+    def _drop(self) -> None:
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +174,7 @@ class _Resumed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self.close()
 
 
 def _skip(reader: BlobReader, count: int) -> None:
