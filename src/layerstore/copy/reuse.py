@@ -29,11 +29,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from layerstore.errors import InvalidDigest, InvalidManifest, UnsupportedFormat
+from layerstore.errors import InvalidManifest, UnsupportedFormat
 from layerstore.graphroot.identity import image_id, layer_id, released_image_id
 from layerstore.graphroot.records import LayerRecord
 from layerstore.image import Descriptor, Digest, ImageConfig, Manifest, media_types
-from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, ZSTD_TOC_DIGEST
+from layerstore.image.annotations import layer_toc
 
 _CONFIGS: Final = (media_types.OCI_CONFIG, media_types.DOCKER_CONFIG)
 _LAYERS: Final = frozenset(
@@ -122,22 +122,6 @@ def _diff_id(diff_id: Digest) -> Digest:
             "only sha256 diff IDs are supported: layers are named after them", subject=diff_id
         )
     return diff_id
-
-
-def layer_toc(found: Mapping[str, str]) -> Digest | None:
-    """The TOC digest by which clients look a layer up (dialect T), from its annotations.
-
-    None if there is none to rely on: it is no sha256 digest, or there are two of different
-    formats.
-    """
-    texts = [found[key] for key in (ESTARGZ_TOC_DIGEST, ZSTD_TOC_DIGEST) if key in found]
-    if len(texts) != 1:
-        return None
-    try:
-        toc = Digest.parse(texts[0])
-    except InvalidDigest:
-        return None
-    return toc if toc.algorithm == "sha256" else None
 
 
 # -- what a stored layer answers for ----------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from layerstore.errors import InvalidDigest
 from layerstore.image.digest import Digest
 
 ESTARGZ_TOC_DIGEST: Final = "containerd.io/snapshot/stargz/toc.digest"
@@ -33,6 +34,22 @@ def toc_digest(annotations: Mapping[str, str]) -> Digest | None:
     """
     value = annotations.get(ESTARGZ_TOC_DIGEST)
     return None if value is None else Digest.parse(value)
+
+
+def layer_toc(found: Mapping[str, str]) -> Digest | None:
+    """The TOC digest by which clients look a layer up (dialect T), from its annotations.
+
+    None if there is none to rely on: it is no sha256 digest, or there are two of different
+    formats.
+    """
+    texts = [found[key] for key in (ESTARGZ_TOC_DIGEST, ZSTD_TOC_DIGEST) if key in found]
+    if len(texts) != 1:
+        return None
+    try:
+        toc = Digest.parse(texts[0])
+    except InvalidDigest:
+        return None
+    return toc if toc.algorithm == "sha256" else None
 
 
 def uncompressed_size(annotations: Mapping[str, str]) -> int | None:
