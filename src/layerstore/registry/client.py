@@ -28,7 +28,7 @@ from layerstore.errors import (
 from layerstore.image import Digest, Reference, media_types
 from layerstore.registry import answers, push
 from layerstore.registry.body import BlobReader, discard
-from layerstore.registry.credentials import CredentialStore
+from layerstore.registry.credentials import Credential, CredentialStore
 from layerstore.registry.push import ChunkSource
 from layerstore.registry.registriesconf import Endpoint
 from layerstore.registry.settings import RegistrySettings
@@ -63,7 +63,10 @@ class RegistryClient:
         self.settings = settings
         self.stats = Stats()
         self._store = CredentialStore(
-            settings.auth_files, settings.credential_sources, settings.helper_env
+            settings.auth_files,
+            settings.credential_sources,
+            settings.helper_env,
+            settings.registries.credential_helpers,
         )
         self._tokens = TokenCache(settings.clock)
         self._lock = threading.Lock()
@@ -192,6 +195,17 @@ class RegistryClient:
         target = ref.digest or ref.tag or ""
         push.put_manifest(host, path, target, raw, media_type, subject=str(ref))
         return Digest.of(raw)
+
+    def served_by(self, ref: Reference) -> Endpoint:
+        """The place that served the last manifest of ``ref``'s repository, else the first to ask.
+
+        Raises ``ConfigError``.
+        """
+        return self._places(ref, digested=ref.digest is not None, preferring=True)[0]
+
+    def credential(self, place: Endpoint) -> Credential | None:
+        """What ``place`` is shown by this client, None for nothing; raises ``ConfigError``."""
+        return self._store.lookup(place.physical)
 
     def close(self) -> None:
         """Close idle connections; the client can be used again."""

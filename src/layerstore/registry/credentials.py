@@ -1,10 +1,12 @@
 """Credentials for registries, from the files and programs that Podman uses.
 
-containers-auth.json(5).  Sources in order: those given by the program, then
-``auth.json`` in its usual places (or only the one named explicitly).  In each
-file a helper program for the host comes first and is final, then ``auths`` from
-the most to the least specific key, then the file's ``credsStore``.  Helper
-programs follow the docker-credential-helpers protocol.
+containers-auth.json(5).  Sources in order: those given by the program, then the
+``credential-helpers`` of registries.conf, of which ``containers-auth.json`` (and
+nothing else unless configured) means the files: ``auth.json`` in its usual places,
+or only the one named explicitly.  In each file a helper program for the host comes
+first and is final for the files, then ``auths`` from the most to the least specific
+key, then the file's ``credsStore``.  Helper programs follow the
+docker-credential-helpers protocol.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import msgspec
 
 from layerstore import limits
 from layerstore.errors import ConfigError
+from layerstore.registry.registriesconf import AUTH_FILES_HELPER
 
 _log = logging.getLogger(__name__)
 _HUB: Final = "docker.io"
@@ -99,7 +102,10 @@ class CredentialStore:
         files: tuple[AuthFile, ...] = (),
         sources: tuple[CredentialSource, ...] = (),
         env: Mapping[str, str] | None = None,
+        helpers: tuple[str, ...] = (AUTH_FILES_HELPER,),
     ) -> None:
+        """``helpers`` are the ``credential-helpers`` of registries.conf."""
+        self._helpers = helpers
         self._files = files
         self._sources = sources
         self._env = None if env is None else dict(env)
@@ -127,6 +133,18 @@ class CredentialStore:
             if credential := source(repository):
                 return credential
         failures: list[ConfigError] = []
+        for helper in self._helpers:
+            if helper == AUTH_FILES_HELPER:
+                credential = self._from_files(repository, failures)
+            else:
+                credential = self._from_helper(helper, repository, failures)
+            if credential is not None:
+                return credential
+        if failures:
+            raise failures[0]
+        return None
+
+    def _from_files(self, repository: str, failures: list[ConfigError]) -> Credential | None:
         for file in self._files:
             try:
                 credential, final = self._from_file(file, repository)
@@ -135,8 +153,17 @@ class CredentialStore:
                 continue
             if credential is not None or final:
                 return credential
-        if failures:
-            raise failures[0]
+        return None
+
+    def _from_helper(
+        self, program: str, repository: str, failures: list[ConfigError]
+    ) -> Credential | None:
+        try:
+            for name in _store_names(repository.partition("/")[0]):
+                if credential := run_helper(program, name, self._env):
+                    return credential
+        except ConfigError as error:
+            failures.append(error)
         return None
 
     def _from_file(self, file: AuthFile, repository: str) -> tuple[Credential | None, bool]:

@@ -4,6 +4,8 @@ containers-registries.conf(5).  A ``[[registry]]`` table is chosen by the longes
 ``prefix``; it may rewrite the location, forbid it, allow HTTP, and list mirrors.
 The logical name a user wrote never changes; what comes out here are the physical
 places to ask, mirrors first.  The old version 1 tables are understood alone.
+What the files say of short names and of credentials is kept for ``shortnames``,
+``credentials`` and ``alsauthhelper``.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 
@@ -22,6 +24,9 @@ from layerstore.errors import ConfigError, InvalidReference
 from layerstore.image import Reference
 
 _SEPARATORS: Final = ("/", ":", "@")
+AUTH_FILES_HELPER: Final = "containers-auth.json"  # the word for the auth files themselves
+
+ShortNameMode = Literal["enforcing", "permissive", "disabled"]
 
 
 class Mirror(msgspec.Struct, frozen=True, rename="kebab"):
@@ -57,6 +62,10 @@ class _File(msgspec.Struct, rename="kebab"):
     registry: tuple[Registry, ...] = ()
     unqualified_search_registries: tuple[str, ...] | None = None
     registries: _V1 | None = None
+    short_name_mode: str = ""
+    credential_helpers: tuple[str, ...] | None = None
+    additional_layer_store_auth_helper: str = ""
+    aliases: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +90,22 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class RegistriesConf:
-    """The merged configuration."""
+    """The merged configuration.
+
+    ``search`` are the hosts for short names in order, ``search_file`` the file
+    that says so.  ``aliases`` lead from short names to repositories, or to
+    ``""`` where a later file took the alias away.  ``credential_helpers`` are
+    asked in order; ``auth_helper`` is the program that hands credentials to an
+    additional layer store, ``""`` for none.
+    """
 
     registries: tuple[Registry, ...] = ()
     search: tuple[str, ...] = ()
+    search_file: Path | None = None
+    short_name_mode: ShortNameMode = "permissive"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    credential_helpers: tuple[str, ...] = (AUTH_FILES_HELPER,)
+    auth_helper: str = ""
 
     def find(self, reference: Reference) -> Registry | None:
         """The table for a reference: the one with the longest matching prefix."""
@@ -175,8 +196,6 @@ def load(
     A missing main file is an empty configuration unless ``required``.  Raises
     ``ConfigError``.
     """
-    merged: dict[str, Registry] = {}
-    search: tuple[str, ...] = ()
     paths = [] if main is None else [main]
     if main is not None and required and not main.exists():
         raise ConfigError("registries.conf does not exist", subject=str(main))
@@ -190,17 +209,43 @@ def load(
                 f"cannot be read: {error.strerror}", subject=str(directory)
             ) from error
         paths.extend(directory / name for name in names)
+    conf = RegistriesConf()
     for path in paths:
         content = _read(path)
-        if content is None:
-            continue
-        for entry in content.registry:
-            merged[entry.prefix] = entry
-        if content.unqualified_search_registries is not None:
-            search = content.unqualified_search_registries
-    registries = tuple(merged.values())
-    _refuse_conflicts(registries)
-    return RegistriesConf(registries, search)
+        if content is not None:
+            conf = _merged(conf, content, path)
+    _refuse_conflicts(conf.registries)
+    return conf
+
+
+def _merged(conf: RegistriesConf, content: _File, path: Path) -> RegistriesConf:
+    """What a later file adds or replaces."""
+    tables = {entry.prefix: entry for entry in (*conf.registries, *content.registry)}
+    search = content.unqualified_search_registries
+    helpers = conf.credential_helpers
+    if content.credential_helpers is not None:
+        helpers = content.credential_helpers or (AUTH_FILES_HELPER,)
+    return RegistriesConf(
+        registries=tuple(tables.values()),
+        search=conf.search if search is None else search,
+        search_file=conf.search_file if search is None else path,
+        short_name_mode=_mode(content.short_name_mode) or conf.short_name_mode,
+        aliases={**conf.aliases, **content.aliases},
+        credential_helpers=helpers,
+        auth_helper=content.additional_layer_store_auth_helper or conf.auth_helper,
+    )
+
+
+def _mode(text: str) -> ShortNameMode | None:
+    for mode in get_args(ShortNameMode):
+        if text == mode:
+            found: ShortNameMode = mode
+            return found
+    if text:
+        raise ConfigError(
+            f"short-name-mode {text!r} is none of {', '.join(get_args(ShortNameMode))}"
+        )
+    return None
 
 
 def system_files(
@@ -249,7 +294,44 @@ def parse(text: str) -> _File:
         if content.registry or content.unqualified_search_registries is not None:
             raise ConfigError("tables of version 1 and version 2 are mixed")
         return _from_v1(content.registries)
-    return _File(tuple(map(_normalised, content.registry)), content.unqualified_search_registries)
+    _mode(content.short_name_mode)
+    content.registry = tuple(map(_normalised, content.registry))
+    content.aliases = dict(map(parse_alias, content.aliases.items()))
+    return content
+
+
+def load_aliases(path: Path) -> Mapping[str, str]:
+    """The ``[aliases]`` of a short-name-aliases.conf; a missing file has none.
+
+    Raises ``ConfigError``.
+    """
+    content = _read(path)
+    return {} if content is None else content.aliases
+
+
+def parse_alias(pair: tuple[str, str]) -> tuple[str, str]:
+    """Check a short name and the full name it stands for, which is normalised."""
+    name, value = pair
+    if is_host(name.partition("/")[0], name) or not _is_repository(f"host.example/{name}"):
+        raise ConfigError(f"alias {name!r}: no short name without registry, tag and digest")
+    if not value:
+        return name, ""
+    if not is_host(value.partition("/")[0], value) or not _is_repository(value):
+        raise ConfigError(f"alias {name!r}: {value!r} is no full name without tag and digest")
+    return name, Reference.parse(value).name
+
+
+def is_host(first: str, text: str) -> bool:
+    """Whether the part of ``text`` before its first ``/`` names a registry, by c/image's rule."""
+    return first != text and ("." in first or ":" in first or first == "localhost")
+
+
+def _is_repository(text: str) -> bool:
+    try:
+        reference = Reference.parse(text)
+    except InvalidReference:
+        return False
+    return "@" not in text and ":" not in text.partition("/")[2] and bool(reference.path)
 
 
 def _from_v1(old: _V1) -> _File:

@@ -210,3 +210,41 @@ class TestHelpers:
         store = CredentialStore((file,), env=env)
         assert _user(store, "host/x") == "u"
         assert _user(store, "empty/x") == "stored"
+
+
+class TestHelperOrder:
+    """``credential-helpers`` of registries.conf."""
+
+    def _answer(self, name: str) -> str:
+        return f'cat >/dev/null; echo \'{{"Username":"{name}","Secret":"s"}}\''
+
+    def test_helpers_are_asked_in_order(
+        self, tmp_path: Path, helper: Callable[[str, str], dict[str, str]]
+    ) -> None:
+        file = _auths(tmp_path / "a", auths={"host": _entry("file")})
+        env = helper("one", self._answer("one"))
+        for helpers, wanted in (
+            (("one", "containers-auth.json"), "one"),
+            (("containers-auth.json", "one"), "file"),
+            (("one",), "one"),
+        ):
+            assert _user(CredentialStore((file,), (), env, helpers), "host/x") == wanted
+
+    def test_one_without_an_answer_passes_on_to_the_next(
+        self, tmp_path: Path, helper: Callable[[str, str], dict[str, str]]
+    ) -> None:
+        file = _auths(tmp_path / "a", credHelpers={"host": "none"}, auths={"host": _entry("u")})
+        env = helper("none", "echo credentials not found in native keychain; exit 1")
+        env = helper("two", self._answer("two")) | env
+        store = CredentialStore((file,), (), env, ("none", "containers-auth.json", "two"))
+        assert _user(store, "host/x") == "two"
+
+    def test_a_broken_one_counts_only_if_nothing_is_found(
+        self, tmp_path: Path, helper: Callable[[str, str], dict[str, str]]
+    ) -> None:
+        file = _auths(tmp_path / "a", auths={"host": _entry("file")})
+        env = helper("broken", "exit 3")
+        store = CredentialStore((file,), (), env, ("broken", "containers-auth.json"))
+        assert _user(store, "host/x") == "file"
+        with pytest.raises(ConfigError):
+            store.lookup("other/x")
