@@ -441,6 +441,17 @@ def release_path(
     _one(path, seconds, files).signal(lambda: (files or StoreFiles()).release(path))
 
 
+def read_info(
+    path: Path,
+    *,
+    seconds: float = limits.LAYER_STORE_SECONDS,
+    files: StoreFiles | None = None,
+) -> LayerFacts:
+    """What the store says of the layer at ``path``; raises ``OSError`` or ``StorageError``."""
+    files = files or StoreFiles()
+    return _one(path, seconds, files).call(lambda: _facts(files, path))
+
+
 def use_path(
     path: Path,
     *,
