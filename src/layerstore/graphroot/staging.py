@@ -1,0 +1,211 @@
+"""Private directories inside ``overlay/``: where layers are extracted, and where they go to die.
+
+Extraction and ``rm -rf`` take long and must not be done under a lock.  So a
+layer is extracted into a temporary directory and only renamed into its place
+under the lock; a layer that is deleted is renamed into a temporary directory
+under the lock and taken apart after it is released.
+
+The scheme is that of containers/storage 1.59 (internal/tempdir), which older
+versions do not mind: ``overlay/tempdirs/temp-dir-<x>/`` belongs to whoever
+holds the POSIX lock of ``overlay/tempdirs/lock-<x>``.  Everybody may remove a
+directory whose lock can be taken: its owner died.  It lies below ``overlay/``
+because the tools bind-mount that directory onto itself, so that a rename from
+anywhere else would cross mounts (EXDEV); and not in ``overlay/staging``, which
+version 1.43 empties at each exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import secrets
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from layerstore.errors import StorageError
+from layerstore.graphroot.removal import remove_tree
+
+TEMPDIRS: Final = "tempdirs"
+_LOCK: Final = "lock-"
+_DIRECTORY: Final = "temp-dir-"
+_ATTEMPTS: Final = 100
+
+# Lock files of this process: opening one of them again and closing it would drop its lock.
+_held: Final[set[str]] = set()
+_held_guard: Final = threading.Lock()
+
+
+class StagingLost(StorageError):
+    """A staged layer whose directory somebody removed: stage it again.
+
+    The garbage collection of containers/storage up to 1.58 takes every directory
+    in ``overlay/`` that is no layer, ``tempdirs`` included.
+    """
+
+
+class TempDirectory:
+    """One guarded temporary directory in ``root`` (``GRAPHROOT/overlay/tempdirs``).
+
+    A context manager: the directory comes into being at its first use and is
+    removed, with all that is in it, at the end.  Usable from several threads.  A
+    fork's child leaves it alone.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root: Final = root
+        self._numbers: Final = itertools.count()
+        self._guard: Final = threading.Lock()
+        self._pid: Final = os.getpid()
+        self._lock: _OwnLock | None = None
+        self._closed = False
+
+    @property
+    def directory(self) -> Path:
+        """The directory itself."""
+        with self._guard:
+            if self._closed:
+                raise StorageError("the temporary directory is closed", subject=str(self._root))
+            if self._lock is None:
+                self._lock = _create(self._root)
+            return self._lock.directory
+
+    def new(self) -> Path:
+        """A fresh empty directory, mode 0700, for one layer."""
+        path = self.directory / f"{next(self._numbers)}-addition"
+        try:
+            path.mkdir(0o700)
+        except FileNotFoundError:
+            raise StagingLost("the directory was removed", subject=str(self.directory)) from None
+        return path
+
+    def take(self, path: Path) -> None:
+        """Move a file or directory of ``overlay/`` in here, to be removed at the end.
+
+        One that does not exist is no error.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(self.directory / f"{next(self._numbers)}-{path.name}")
+
+    def close(self) -> None:
+        """Remove everything; a second call does nothing."""
+        with self._guard:
+            self._closed = True
+            lock, self._lock = self._lock, None
+        if lock is None or os.getpid() != self._pid:
+            return
+        try:
+            remove_tree(lock.directory)
+        finally:
+            lock.remove()
+            with contextlib.suppress(OSError):
+                # Old tools look for a layer in every directory of overlay/.
+                self._root.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+# What the puller extracts into; see ``TempDirectory.new``.
+Staging = TempDirectory
+
+
+def remove_stale(root: Path) -> int:
+    """Remove the temporary directories in ``root`` whose owners died; how many there were."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return 0
+    found = {name.removeprefix(_LOCK) for name in names if name.startswith(_LOCK)}
+    found |= {name.removeprefix(_DIRECTORY) for name in names if name.startswith(_DIRECTORY)}
+    removed = 0
+    for word in sorted(found):
+        lock = _OwnLock.try_take(root, word)
+        if lock is None:
+            continue
+        try:
+            remove_tree(lock.directory)
+            removed += 1
+        finally:
+            lock.remove()
+    if removed:
+        with contextlib.suppress(OSError):
+            root.rmdir()
+    return removed
+
+
+class _OwnLock:
+    """A held ``lock-<word>`` and the directory it stands for."""
+
+    def __init__(self, root: Path, word: str, descriptor: int) -> None:
+        self.directory: Final = root / f"{_DIRECTORY}{word}"
+        self._path: Final = root / f"{_LOCK}{word}"
+        self._descriptor: Final = descriptor
+
+    @classmethod
+    def try_take(cls, root: Path, word: str) -> _OwnLock | None:
+        """Take the lock at once, creating its file; None if somebody holds it."""
+        path = root / f"{_LOCK}{word}"
+        key = os.path.realpath(path)
+        with _held_guard:
+            if key in _held:
+                return None
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(path, flags, 0o644)
+            except FileNotFoundError:  # the root went away
+                return None
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it before may have unlinked it: then this lock is nobody's.
+                if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            except OSError:
+                os.close(descriptor)
+                return None
+            _held.add(key)
+        return cls(root, word, descriptor)
+
+    def remove(self) -> None:
+        """Unlink the file and let go."""
+        with _held_guard:
+            key = os.path.realpath(self._path)
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+            os.close(self._descriptor)
+            _held.discard(key)
+
+
+def _create(root: Path) -> _OwnLock:
+    for _ in range(_ATTEMPTS):
+        root.mkdir(0o700, parents=False, exist_ok=True)
+        lock = _OwnLock.try_take(root, secrets.token_hex(8))
+        if lock is None:
+            continue
+        try:
+            lock.directory.mkdir(0o700)
+        except FileNotFoundError:
+            lock.remove()
+            continue
+        return lock
+    raise StorageError("no temporary directory could be made", subject=str(root))
+
+
+def _forget() -> None:
+    # The child of a fork holds none of its parent's locks.
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

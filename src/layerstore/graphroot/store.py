@@ -1,0 +1,516 @@
+"""A graph root as a whole: what `podman images`, `podman pull` and `podman rmi` work on.
+
+Several processes, ours and Podman's, work on it at once.  Locks are taken in the
+order that all tools keep: ``storage.lock``, ``layers.lock``, ``images.lock``,
+``containers.lock``, and never held while something is downloaded or extracted:
+layers are made in a staging directory and only renamed under the lock.
+
+Additional image stores are other graph roots whose layers and images can be used
+and are never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+from layerstore.errors import (
+    ConfigError,
+    CorruptStorage,
+    InUse,
+    InvalidReference,
+    StorageError,
+    UnknownObject,
+    UsageError,
+)
+from layerstore.formats import Compression
+from layerstore.graphroot import als, bigdata, deletion
+from layerstore.graphroot.containers import Container, ContainerArea
+from layerstore.graphroot.deletion import Removed
+from layerstore.graphroot.extract import WhiteoutStyle, in_user_namespace
+from layerstore.graphroot.images import (
+    Image,
+    ImageArea,
+    ImageEdit,
+    resolve,
+    signature_items,
+    with_names,
+)
+from layerstore.graphroot.layers import Layer, LayerArea
+from layerstore.graphroot.lockfile import LockFile
+from layerstore.graphroot.overlay import RootAttributes
+from layerstore.graphroot.records import (
+    EXPECTED_DIFF_ID,
+    ZERO_TIME,
+    ImageRecord,
+    LayerRecord,
+    now,
+    parse_time,
+    time_text,
+)
+from layerstore.graphroot.stage import DIFF, TAR_SPLIT, StagedLayer
+from layerstore.graphroot.staging import Staging, TempDirectory, remove_stale
+from layerstore.graphroot.storageconf import StorageConfig
+from layerstore.image import Digest, Reference
+
+_OTHER_DRIVERS: Final = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
+_COMPRESSION: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
+
+_Found = TypeVar("_Found", Layer, Container)
+
+
+class Store:
+    """One graph root with its additional image stores.  Threads may share it."""
+
+    def __init__(self, config: StorageConfig, *, read_only: bool = False) -> None:
+        """Use ``open``; this makes and checks nothing."""
+        self.config: Final = config
+        self.read_only: Final = read_only
+        root, run = config.graph_root, config.run_root
+        others = [
+            (LayerArea(path, run, read_only=True), ImageArea(path, read_only=True))
+            for path in config.additional_image_stores
+        ]
+        self.layer_area: Final = LayerArea(
+            root, run, read_only=read_only, others=tuple(layers for layers, _ in others)
+        )
+        self.image_area: Final = ImageArea(root, read_only=read_only)
+        self.container_area: Final = ContainerArea(root, read_only=read_only)
+        self.layer_areas: Final = (self.layer_area, *(layers for layers, _ in others))
+        self.image_areas: Final = (self.image_area, *(images for _, images in others))
+
+    @classmethod
+    def open(cls, config: StorageConfig | None = None, *, read_only: bool = False) -> Self:
+        """The storage of this machine, or the one ``config`` describes.
+
+        Unless ``read_only``, directories that are missing are made, and what dead
+        processes staged is removed.  Raises ``ConfigError``, ``StorageError``.
+        """
+        config = config or StorageConfig.from_system()
+        config.check()
+        _refuse_other_driver(config.graph_root)
+        for path in config.additional_image_stores:
+            if not path.is_dir():
+                raise ConfigError("the additional image store is no directory", subject=str(path))
+        store = cls(config, read_only=read_only)
+        if not read_only:
+            store._prepare()
+        return store
+
+    def _prepare(self) -> None:
+        root, run = self.config.graph_root, self.config.run_root
+        try:
+            root.mkdir(0o700, parents=True, exist_ok=True)
+            run.mkdir(0o700, parents=True, exist_ok=True)
+            with LockFile.at(root / "storage.lock").writing():
+                self.layer_area.overlay.prepare()
+                for path in (
+                    self.layer_area.directory,
+                    self.image_area.directory,
+                    self.container_area.directory,
+                    run / "overlay",
+                    self.layer_area.run_directory,
+                ):
+                    path.mkdir(0o700, exist_ok=True)
+            remove_stale(self.layer_area.overlay.tempdirs)
+        except OSError as error:
+            raise StorageError(
+                f"the storage cannot be prepared: {error.strerror}", subject=str(error.filename)
+            ) from error
+
+    @property
+    def whiteouts(self) -> WhiteoutStyle:
+        """How layers of this graph root note down deletions."""
+        if self.config.mount_program or self.layer_area.overlay.has_mount_program:
+            return WhiteoutStyle.AUFS
+        rootless = self.config.rootless or in_user_namespace()
+        return WhiteoutStyle.USERXATTR if rootless else WhiteoutStyle.OVERLAY
+
+    # -- layers ----------------------------------------------------------------
+
+    def layers(self) -> list[Layer]:
+        """All complete layers, those of the graph root itself first."""
+        found: dict[str, Layer] = {}
+        for area in self.layer_areas:
+            for record in area.records():
+                found.setdefault(record.id, Layer(record, area))
+        return list(found.values())
+
+    def layer(self, text: str) -> Layer:
+        """The layer of this id, name, or beginning of an id; raises ``UnknownObject``."""
+        return _find(self.layers(), text, "layer")
+
+    def layer_chain(self, top: str) -> list[Layer]:
+        """A layer and all below it, the base first; raises ``CorruptStorage``."""
+        known = {layer.id: layer for layer in self.layers()}
+        chain: list[Layer] = []
+        while top:
+            layer = known.pop(top, None)
+            if layer is None:
+                raise CorruptStorage("a layer of the image is missing", subject=top)
+            chain.append(layer)
+            top = layer.parent
+        return chain[::-1]
+
+    def layers_by_diff_id(self, digest: Digest, *, lazy: bool = False) -> list[Layer]:
+        """Layers whose uncompressed tar stream is known to have this digest.
+
+        What an additional layer store says about its layers is not known; with
+        ``lazy`` such layers are given too.
+        """
+        return self._layers_by(lambda record: record.diff_digest == digest, lazy)
+
+    def layers_by_blob_digest(self, digest: Digest, *, lazy: bool = False) -> list[Layer]:
+        """Layers that came as the blob with this digest; see ``layers_by_diff_id``."""
+        return self._layers_by(lambda record: record.compressed_diff_digest == digest, lazy)
+
+    def layers_by_toc_digest(self, digest: Digest) -> list[Layer]:
+        """Layers whose table of contents has this digest, lazy ones included."""
+        return self._layers_by(lambda record: record.toc_digest == digest, lazy=True)
+
+    def _layers_by(self, test: Callable[[LayerRecord], bool], lazy: bool) -> list[Layer]:
+        return [
+            layer for layer in self.layers() if test(layer.record) and (lazy or not layer.is_lazy)
+        ]
+
+    def staging(self) -> Staging:
+        """Private directories to extract layers into, removed when the context is left."""
+        self._want_writable()
+        return TempDirectory(self.layer_area.overlay.tempdirs)
+
+    def put_layer(
+        self,
+        layer_id: str,
+        parent: str,
+        staged: StagedLayer,
+        *,
+        names: Sequence[str] = (),
+        toc_digest: Digest | None = None,
+    ) -> Layer:
+        """Make ``staged``, which was verified, a layer on ``parent`` ("" for none).
+
+        If there is a layer of this id already, it is given and ``staged`` left alone.
+        Raises ``UnknownObject`` if the parent is gone, ``StagingLost`` if what was
+        staged is.
+        """
+        record = LayerRecord(
+            id=layer_id,
+            names=tuple(names),
+            parent=parent,
+            created=now(),
+            compressed_diff_digest=staged.blob_digest,
+            compressed_size=staged.blob_size,
+            diff_digest=staged.diff_id,
+            diff_size=staged.diff_size,
+            toc_digest=toc_digest,
+            compression=_COMPRESSION[staged.compression],
+            uids=staged.uids,
+            gids=staged.gids,
+        )
+        tar_split = staged.directory / TAR_SPLIT
+        layer, _ = self._insert(
+            record,
+            content=staged.directory / DIFF,
+            own_attributes=staged.root_entry,
+            tar_split=tar_split if tar_split.exists() else None,
+        )
+        return layer
+
+    def put_als_layer(
+        self,
+        layer_id: str,
+        parent: str,
+        found: als.AlsLayer,
+        *,
+        diff_id: Digest | None,
+        diff_size: int | None = None,
+        names: Sequence[str] = (),
+    ) -> Layer:
+        """Make a layer that an additional layer store has.
+
+        ``diff_id`` is what the image's config says: nobody has verified it, so it
+        becomes the flag that is checked at an export.  ``diff_size`` replaces the
+        store's word.  A layer found by its table of contents is known by that alone;
+        one found by its blob (dialect L) carries the store's digests, for whoever asked
+        for that.  Takes a count of its own: the one of the lookup stays the caller's.
+        """
+        facts = found.facts
+        by_blob = found.dialect == "L"
+        record = LayerRecord(
+            id=layer_id,
+            names=tuple(names),
+            parent=parent,
+            created=now(),
+            compressed_diff_digest=facts.compressed_diff_digest if by_blob else None,
+            compressed_size=max(facts.compressed_size, 0),
+            diff_digest=facts.diff_digest if by_blob else None,
+            diff_size=facts.diff_size if diff_size is None else diff_size,
+            toc_digest=None if by_blob else facts.toc_digest,
+            compression=facts.compression,
+            flags={EXPECTED_DIFF_ID: str(diff_id)} if diff_id is not None else {},
+        )
+        found.use()
+        made = False
+        try:
+            layer, made = self._insert(record, additional=found.path)
+        finally:
+            if not made:
+                als.release_path(found.path)
+        return layer
+
+    def _insert(
+        self,
+        record: LayerRecord,
+        *,
+        content: Path | None = None,
+        own_attributes: bool = False,
+        tar_split: Path | None = None,
+        additional: Path | None = None,
+    ) -> tuple[Layer, bool]:
+        self._want_writable()
+        # Asked for before the lock is taken: it may be a layer store that answers.
+        attributes = self._root_attributes(record.parent)
+        with self.layer_area.editing() as edit:
+            known = {layer.id: layer for layer in self._foreign_layers()}
+            known |= {kept.id: Layer(kept, self.layer_area) for kept in edit.records}
+            if record.id in known:
+                return known[record.id], False
+            if record.parent and record.parent not in known:
+                raise _no_layer(record.parent)
+            edit.add(
+                record,
+                attributes,
+                content=content,
+                own_attributes=own_attributes,
+                tar_split=tar_split,
+                additional=additional,
+            )
+        return Layer(record, self.layer_area), True
+
+    def _root_attributes(self, parent: str) -> RootAttributes:
+        try:
+            return self.layer_area.overlay.root_attributes(parent)
+        except StorageError:
+            if self.layer_area.overlay.directory(parent).is_dir():
+                raise
+            raise _no_layer(parent) from None
+
+    def _foreign_layers(self) -> list[Layer]:
+        return [Layer(record, area) for area in self.layer_areas[1:] for record in area.records()]
+
+    def delete_layer(self, layer_id: str) -> None:
+        """Delete one layer; raises ``InUse`` if anything needs it, ``UnknownObject``."""
+        self._want_writable()
+        deletion.delete_layer(self.layer_area, self.image_area, self.container_area, layer_id)
+
+    # -- images ----------------------------------------------------------------
+
+    def images(self) -> list[Image]:
+        """All images, those of the graph root itself first."""
+        found: dict[str, Image] = {}
+        for area in self.image_areas:
+            for record in area.records():
+                found.setdefault(record.id, Image(record, area, self))
+        return list(found.values())
+
+    def image(self, text: str) -> Image:
+        """The image of this name, digest or id, as ``images.resolve`` understands it."""
+        return resolve(self.images(), text)[0]
+
+    def put_image(
+        self,
+        *,
+        image_id: str,
+        layer: str,
+        names: Sequence[str],
+        manifest: bytes,
+        config: bytes,
+        index: bytes | None = None,
+        created: str = "",
+        signatures: Sequence[bytes] = (),
+        replace: bool = False,
+    ) -> Image:
+        """Make an image of ``layer`` ("" for none) and its stored documents.
+
+        ``names`` are full references; they leave other images.  ``index`` is the one
+        through which the manifest was chosen.  An image of this id keeps its names and
+        gets these in front; if it has another manifest, ``InUse`` is raised unless
+        ``replace``, and if it has another top layer, in any case.  Raises
+        ``UnknownObject`` if the layer is gone.
+        """
+        self._want_writable()
+        _check_names(names)
+        digest = bigdata.manifest_digest(manifest)
+        items = [(str(Digest.of(config)), config)]
+        if index is not None and index != manifest:
+            items.append((f"manifest-{Digest.of(index)}", index))
+        items += [(f"manifest-{digest}", manifest), (bigdata.MANIFEST, manifest)]
+        metadata, signed = signature_items(digest, signatures)
+        items += signed
+        with self._image_edit() as edit:
+            if layer and layer not in {found.id for found in self._layers_under_lock()}:
+                raise _no_layer(layer)
+            old = edit.get(image_id)
+            if old is None:
+                edit.clear_directory(image_id)
+                old = ImageRecord(
+                    id=image_id, layer=layer, created=_time(created), metadata=metadata
+                )
+            else:
+                _check_replaceable(old, layer, digest, replace)
+                if signed or old.digest != digest:
+                    old = dataclasses.replace(old, metadata=metadata)
+            record = dataclasses.replace(edit.write(old, items), digest=digest)
+            record = with_names(record, [*names, *record.names])
+            edit.put(record)
+            edit.save()
+        return Image(record, self.image_area, self)
+
+    def set_names(self, image_id: str, names: Sequence[str]) -> Image:
+        """Call an image ``names`` and nothing else; see ``add_names``."""
+        return self._rename(image_id, lambda _: names)
+
+    def add_names(self, image_id: str, names: Sequence[str]) -> Image:
+        """Give more names, full references, to an image; they leave other images.
+
+        An image of an additional image store gets a record in the graph root itself.
+        """
+        return self._rename(image_id, lambda old: [*names, *old])
+
+    def remove_names(self, image_id: str, names: Sequence[str]) -> Image:
+        """Take names away from an image; those it does not have are no error."""
+        return self._rename(image_id, lambda old: [name for name in old if name not in names])
+
+    def _rename(self, image_id: str, change: Callable[[tuple[str, ...]], Sequence[str]]) -> Image:
+        self._want_writable()
+        with self._image_edit() as edit:
+            record = edit.get(image_id) or self._pull_up(edit, image_id)
+            names = change(record.names)
+            _check_names(names, known=record.names)
+            record = with_names(record, names)
+            edit.put(record)
+            edit.save()
+        return Image(record, self.image_area, self)
+
+    def _pull_up(self, edit: ImageEdit, image_id: str) -> ImageRecord:
+        for area in self.image_areas[1:]:
+            for record in area.records():
+                if record.id == image_id:
+                    image = Image(record, area, self)
+                    edit.clear_directory(image_id)
+                    items = [(key, image.big_data(key)) for key in record.big_data_names]
+                    return edit.write(record, items)
+        raise UnknownObject("no such image", subject=image_id)
+
+    @contextlib.contextmanager
+    def _image_edit(self) -> Iterator[ImageEdit]:
+        # Whoever deletes layers holds layers.lock for writing, so the layers stay.
+        with self.layer_area.table.lock.reading(), self.image_area.editing() as edit:
+            yield edit
+
+    def _layers_under_lock(self) -> list[Layer]:
+        own = [
+            Layer(record, self.layer_area)
+            for record in self.layer_area.table.load()
+            if not record.incomplete
+        ]
+        return [*own, *self._foreign_layers()]
+
+    def remove_image(self, name_or_id: str, *, force: bool = False) -> Removed:
+        """What `podman rmi` does.
+
+        One of several names is only taken away.  Otherwise the image goes, with the
+        layers that nothing else needs.  Raises ``InUse`` if a container was made from it,
+        if it has several names and was called by its id or digest (unless ``force``), or
+        if it belongs to an additional image store; ``UnknownObject``.
+        """
+        self._want_writable()
+        image, name = resolve(self.images(), name_or_id)
+        if image.read_only:
+            raise InUse("the image belongs to a read-only store", subject=name_or_id)
+        return deletion.remove_image(
+            self.layer_area, self.image_area, self.container_area, image.id, name, force=force
+        )
+
+    def prune(self, *, all_images: bool = False) -> list[Removed]:
+        """Delete images that no container uses and that have neither names nor children.
+
+        With ``all_images`` names and children do not save them.
+        """
+        self._want_writable()
+        return deletion.prune(self, all_images=all_images)
+
+    # -- containers ------------------------------------------------------------
+
+    def containers(self) -> list[Container]:
+        """All containers, the volatile ones included."""
+        return [Container(record, self.container_area) for record in self.container_area.records()]
+
+    def container(self, text: str) -> Container:
+        """The container of this id, name, or beginning of an id; raises ``UnknownObject``."""
+        return _find(self.containers(), text, "container")
+
+    def _want_writable(self) -> None:
+        if self.read_only:
+            raise StorageError(
+                "the storage was opened for reading", subject=str(self.config.graph_root)
+            )
+
+
+def _find(things: Sequence[_Found], text: str, kind: str) -> _Found:
+    for thing in things:
+        if thing.id == text:
+            return thing
+    for thing in things:
+        if text in thing.names:
+            return thing
+    matching = [thing for thing in things if text and thing.id.startswith(text)]
+    if len(matching) > 1:
+        raise UnknownObject(f"{len(matching)} {kind}s have ids that begin so", subject=text)
+    if not matching:
+        raise UnknownObject(f"no such {kind}", subject=text)
+    return matching[0]
+
+
+def _no_layer(layer: str) -> UnknownObject:
+    return UnknownObject("the layer does not exist, or no more", subject=layer)
+
+
+def _check_replaceable(old: ImageRecord, layer: str, digest: Digest, replace: bool) -> None:
+    if old.layer != layer:
+        raise InUse("an image of this id has another top layer", subject=old.id)
+    if old.digest != digest and not replace:
+        raise InUse(f"an image of this id has another manifest, {old.digest}", subject=old.id)
+
+
+def _check_names(names: Sequence[str], known: Sequence[str] = ()) -> None:
+    for name in names:
+        if name in known:
+            continue
+        try:
+            full = str(Reference.parse(name))
+        except InvalidReference as error:
+            raise UsageError(
+                f"cannot be the name of an image: {error.what}", subject=name
+            ) from None
+        if full != name:
+            raise UsageError(f"is no full name of an image, {full} would be", subject=name)
+
+
+def _time(text: str) -> str:
+    moment = parse_time(text)
+    return ZERO_TIME if moment is None else time_text(moment)
+
+
+def _refuse_other_driver(graph_root: Path) -> None:
+    if (graph_root / "overlay-images").is_dir():
+        return
+    for driver in _OTHER_DRIVERS:
+        if (graph_root / f"{driver}-images").is_dir():
+            raise ConfigError(
+                f"the storage was made with the driver {driver}, only overlay is supported",
+                subject=str(graph_root),
+            )
