@@ -10,9 +10,8 @@ over, one more is held by each layer record.  Source: containers/storage,
 drivers/overlay/overlay.go (``LookupAdditionalLayer``, ``notifyUseAdditionalLayer``,
 ``notifyReleaseAdditionalLayer``) and layers.go (``PutAdditionalLayer``).
 
-``info`` is JSON which Podman takes over into its own records as it stands.  Here only the
-keys of ``LayerFacts`` are read, each with its type.  And because a layer that was found by
-its TOC was never compared with any blob or tar stream, nothing it says of those is passed on.
+Because a layer that was found by its TOC was never compared with any blob or tar stream,
+nothing that ``info`` says of those is passed on.
 
 A store may be dead, slow or wrong at any time: then the layer is not there, no more.
 """
@@ -30,22 +29,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, Generic, Literal, TypeVar
-
-import msgspec
+from typing import BinaryIO, Final, Generic, Literal, TypeVar
 
 from layerstore import limits
-from layerstore.errors import InvalidDigest, StorageError
+from layerstore.errors import StorageError
+from layerstore.graphroot.alsinfo import LayerFacts, parse_info
+from layerstore.graphroot.storageconf import LayerStoreSpec
 from layerstore.image import Digest, Reference
-
-if TYPE_CHECKING:
-    from layerstore.graphroot.storageconf import LayerStoreSpec
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 Dialect = Literal["T", "L"]
-_EXPECTED_FLAG: Final = "expected-layer-diffid"
 # What a release is answered with where nobody counts, besides ENOENT, which means success:
 # by plain directories, file systems that are read-only, and stores that are gone.
 _NOT_COUNTED: Final = {
@@ -58,62 +53,6 @@ _NOT_COUNTED: Final = {
     errno.EBUSY,
     errno.ENOTCONN,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """What ``info`` says of a layer: the store's word, not verified."""
-
-    compressed_diff_digest: Digest | None = None
-    """The blob's digest."""
-    compressed_size: int = 0
-    """Of the blob in bytes; 0: not said."""
-    diff_digest: Digest | None = None
-    """The DiffID."""
-    diff_size: int = -1
-    """Of the tar stream in bytes; -1: not known."""
-    compression: int = 0
-    """Of the blob: 0 none, 1 bzip2, 2 gzip, 3 xz, 4 zstd, as containers/storage counts."""
-    toc_digest: Digest | None = None
-    expected_diff_id: Digest | None = None
-    """The DiffID that the image's config states, to be checked at an export."""
-
-
-class _Info(msgspec.Struct, rename="kebab"):
-    compressed_diff_digest: str | None = None
-    compressed_size: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)] = 0
-    diff_digest: str | None = None
-    diff_size: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)] = 0
-    compression: Annotated[int, msgspec.Meta(ge=0, le=4)] = 0
-    toc_digest: str | None = None
-    flags: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Flags(msgspec.Struct):
-    expected: str | None = msgspec.field(default=None, name=_EXPECTED_FLAG)
-
-
-def parse_info(raw: bytes, *, subject: str = "info") -> LayerFacts:
-    """Read the keys of ``info`` that are honoured; raises ``StorageError``."""
-    try:
-        info = msgspec.json.decode(raw, type=_Info)
-        flags = msgspec.json.decode(info.flags, type=_Flags | None) or _Flags()
-        return LayerFacts(
-            compressed_diff_digest=_digest(info.compressed_diff_digest),
-            compressed_size=max(info.compressed_size, 0),
-            diff_digest=_digest(info.diff_digest),
-            # Go leaves zeros out, and no tar stream has no bytes: 0 is "not said".
-            diff_size=info.diff_size or -1,
-            compression=info.compression,
-            toc_digest=_digest(info.toc_digest),
-            expected_diff_id=_digest(flags.expected),
-        )
-    except (msgspec.MsgspecError, ValueError, RecursionError, InvalidDigest) as error:
-        raise StorageError(f"info cannot be used: {error}", subject=subject) from error
-
-
-def _digest(text: str | None) -> Digest | None:
-    return Digest.parse(text) if text else None
 
 
 class StoreFiles:

@@ -16,20 +16,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layerstore.graphroot.storageconf import LayerStoreSpec
 
 from layerstore import limits
 from layerstore.errors import StorageError
 from layerstore.graphroot.als import (
     AlsLayer,
-    LayerFacts,
     LayerStores,
     StoreFiles,
     open_blob,
-    parse_info,
     release_path,
     use_path,
 )
+from layerstore.graphroot.alsinfo import LayerFacts, parse_info
+from layerstore.graphroot.storageconf import LayerStoreSpec
 from layerstore.image import Digest, Reference
 
 REFERENCE = Reference.parse("registry.example/app:1")
