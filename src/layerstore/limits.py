@@ -124,6 +124,7 @@ RECORDS_BYTES: Final = 256 * MIB  # one layers.json, images.json or containers.j
 BIG_DATA_BYTES: Final = 256 * MIB  # one big data item; a zstd:chunked manifest is the largest
 STORAGE_CONF_BYTES: Final = 4 * MIB  # one storage.conf
 LAYER_INFO_BYTES: Final = 1 * MIB  # `info` of a layer in an additional layer store
+UNUSED_LAYER_SECONDS: Final = 3600.0  # a younger layer may belong to a pull that is under way
 LAYER_STORE_SECONDS: Final = RESOLVE_ANSWER_SECONDS + 3.0  # a store has for one lookup
 REPAIR_WAYS: Final = 64  # chains of ids followed at once when layer records are made again
 ORPHAN_SECONDS: Final = 3600.0  # a layer may be in the memory of its puller so long

@@ -28,6 +28,15 @@ VERBS: Final = {
     "Moving images": {
         "convert": "convert:convert",
     },
+    "Images in storage": {
+        "images": "images:images",
+        "inspect": "images:inspect",
+        "history": "images:history",
+        "tag": "images:tag",
+        "untag": "images:untag",
+        "rmi": "images:rmi",
+        "prune": "prune:prune",
+    },
 }
 """Group of verbs -> verb -> ``module:function`` below this package."""
 

@@ -17,31 +17,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from layerstore.errors import Fault, LayerstoreError, UnknownObject
+from layerstore.errors import Fault, LayerstoreError, UnknownObject, UsageError
 
 if TYPE_CHECKING:
     from layerstore.graphroot.storageconf import StorageConfig
     from layerstore.graphroot.store import Store
     from layerstore.registry import RegistrySettings
 
-Json = Annotated[bool, Parameter(negative="", show_default=False, help="Print JSON.")]
-NoTrunc = Annotated[
-    bool, Parameter(negative="", show_default=False, help="Do not truncate the output.")
-]
-NoHeading = Annotated[
-    bool,
-    Parameter(
-        name=["--noheading", "-n"],
-        negative="",
-        show_default=False,
-        help="Do not print column headings.",
-    ),
-]
-
 
 def switch(help: str, *names: str) -> Parameter:  # noqa: A002
     """A flag that is either there or not, under ``names`` (default: that of the argument)."""
     return Parameter(name=names or None, negative="", show_default=False, help=help)
+
+
+def option(help: str, *names: str) -> Parameter:  # noqa: A002
+    """A flag with a value; one that may be repeated adds up."""
+    return Parameter(name=names or None, negative="", show_default=False, help=help)
+
+
+Json = Annotated[bool, switch("Print JSON.")]
+Quiet = Annotated[bool, switch("Print nothing but errors.", "--quiet", "-q")]
+NoTrunc = Annotated[bool, switch("Do not truncate the output.")]
+NoHeading = Annotated[bool, switch("Do not print column headings.", "--noheading", "-n")]
 
 
 @Parameter(name="*")
@@ -52,9 +49,7 @@ class StorageFlags:
     root: Annotated[Path | None, Parameter(help="Graph root [storage.conf].")] = None
     runroot: Annotated[Path | None, Parameter(help="Run root [storage.conf].")] = None
     storage_driver: Annotated[str | None, Parameter(help="Storage driver [storage.conf].")] = None
-    storage_opt: Annotated[
-        tuple[str, ...], Parameter(negative="", help="Storage option; may be repeated.")
-    ] = ()
+    storage_opt: Annotated[tuple[str, ...], option("Storage option; may be repeated.")] = ()
 
     def config(self) -> StorageConfig:
         """Raises ``ConfigError``."""
@@ -72,6 +67,10 @@ class StorageFlags:
         from layerstore.graphroot.store import Store  # noqa: PLC0415
 
         return Store.open(self.config(), read_only=read_only)
+
+
+STORAGE = StorageFlags()
+"""The default of a verb's ``storage``."""
 
 
 @Parameter(name="*")
@@ -104,6 +103,10 @@ class RegistryFlags:
         )
 
 
+REGISTRY = RegistryFlags()
+"""The default of a verb's ``registry``."""
+
+
 def _explicit(creds: str, host: str | None) -> Any:
     from layerstore.registry import Credential  # noqa: PLC0415
 
@@ -132,6 +135,14 @@ def finish(errors: Sequence[LayerstoreError]) -> None:
     for error in errors:
         print(f"layerstore: {error}", file=sys.stderr)
     sys.exit(max(map(exit_status, errors)))
+
+
+def confirmed(warning: str) -> bool:
+    """Ask on the terminal; raises ``UsageError`` if there is nobody to ask."""
+    if not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask on", advice="use --force")
+    print(warning)
+    return input("Are you sure you want to continue? [y/N] ").strip().lower() in ("y", "yes")
 
 
 # -- output ------------------------------------------------------------------------

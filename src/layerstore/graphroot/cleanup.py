@@ -1,0 +1,169 @@
+"""What ``rmi`` and ``prune`` do beyond one image.
+
+* With an image go the dangling images it was made from, if nothing else was made from them: they
+  were steps of its building.
+* A layer of no image and no container is left over from a pull that failed, or from an image
+  that was removed without it.  But it may also belong to an image that somebody is pulling or
+  building at this moment, whose record comes last; so young ones stay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from layerstore import limits
+from layerstore.errors import InUse, LayerstoreError, UnknownObject
+from layerstore.graphroot import usage
+from layerstore.graphroot.records import parse_time
+
+if TYPE_CHECKING:
+    from layerstore.graphroot.images import Image
+    from layerstore.graphroot.layers import Layer
+    from layerstore.graphroot.store import Store
+
+
+class ImageRemoval:
+    """Removes images one after the other and notes what became of each.
+
+    ``untagged`` are names, ``deleted`` ids of images, in the order in which they went.  With
+    ``prune`` the dangling images that an image was made from go with it.
+    """
+
+    def __init__(self, store: Store, *, prune: bool = True) -> None:
+        self._store = store
+        self._prune = prune
+        self.untagged: list[str] = []
+        self.deleted: list[str] = []
+        self.errors: list[LayerstoreError] = []
+
+    def remove(self, text: str, *, force: bool = False, ignore: bool = False) -> None:
+        """Remove the image, or the name of several, that ``text`` means; notes errors.
+
+        An image that does not exist is no error with ``ignore``.
+        """
+        try:
+            above = self._parents()
+            image = self._store.image(text)
+            if self._remove(text, force=force):
+                self._remove_ancestors(image.id, above)
+        except UnknownObject as error:
+            if not ignore:
+                self.errors.append(error)
+        except LayerstoreError as error:
+            self.errors.append(error)
+
+    def remove_all(self) -> None:
+        """Remove every image of the graph root itself, by all its names."""
+        for image in self._store.images():
+            if not image.read_only:
+                # One that went with another is not there any more.
+                self.remove(image.id, force=True, ignore=True)
+
+    def _parents(self) -> dict[str, str]:
+        images = self._store.images()
+        if not self._prune or all(image.names for image in images):
+            return {}
+        return usage.parents(images)
+
+    def _remove(self, text: str, *, force: bool) -> bool:
+        removed = self._store.remove_image(text, force=force)
+        self.untagged += removed.untagged
+        if removed.deleted_image is None:
+            return False
+        self.deleted.append(removed.deleted_image)
+        return True
+
+    def _remove_ancestors(self, child: str, above: dict[str, str]) -> None:
+        while (parent := above.pop(child, None)) is not None:
+            known = {image.id: image for image in self._store.images()}
+            image = known.get(parent)
+            if image is None or image.names or image.read_only:
+                return
+            if any(other in known for other, origin in above.items() if origin == parent):
+                return
+            try:
+                self._remove(parent, force=False)
+            except (InUse, UnknownObject):
+                return
+            child = parent
+
+
+@dataclass
+class Pruned:
+    """What a prune removed: names, ids of images and layers, bytes of content and big data."""
+
+    untagged: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    reclaimed: int = 0
+
+
+def prune(
+    store: Store,
+    *,
+    all_images: bool = False,
+    grace_seconds: float = limits.UNUSED_LAYER_SECONDS,
+) -> Pruned:
+    """Remove dangling images, with ``all_images`` all without a container, and unused layers.
+
+    Layers that are younger than ``grace_seconds``, or that have a name, stay.
+    """
+    images = {image.id: image for image in store.images()}
+    sizes = {layer.id: _local_size(layer) for layer in store.layers()}
+    result = Pruned()
+    for removed in store.prune(all_images=all_images):
+        result.untagged += removed.untagged
+        if removed.deleted_image is not None:
+            result.images.append(removed.deleted_image)
+            result.reclaimed += _documents_size(images.get(removed.deleted_image))
+        result.layers += removed.deleted_layers
+    newest = (time.time() - grace_seconds) * 1e9
+    for layer in list(_unused(store)):
+        if layer.names or (parse_time(layer.record.created) or 0) > newest:
+            continue
+        try:
+            store.delete_layer(layer.id)
+        except (InUse, UnknownObject):
+            continue  # somebody was faster
+        result.layers.append(layer.id)
+    result.reclaimed += sum(sizes.get(layer, 0) for layer in result.layers)
+    return result
+
+
+def _unused(store: Store) -> Iterator[Layer]:
+    """The layers of the graph root that no image and no container needs, children first."""
+    layers = {layer.id: layer for layer in store.layers()}
+    used: set[str] = set()
+    tops = [container.layer_id for container in store.containers()]
+    for image in store.images():
+        tops += [image.top_layer, *image.record.mapped_layers]
+    while tops:
+        top = tops.pop()
+        if top in layers and top not in used:
+            used.add(top)
+            tops.append(layers[top].parent)
+    left = [layer for layer in layers.values() if layer.id not in used and not layer.read_only]
+    yield from sorted(left, key=lambda layer: -_depth(layer, layers))
+
+
+def _depth(layer: Layer, layers: dict[str, Layer]) -> int:
+    depth, seen = 0, {layer.id}
+    while layer.parent in layers and layer.parent not in seen:
+        layer = layers[layer.parent]
+        seen.add(layer.id)
+        depth += 1
+    return depth
+
+
+def _local_size(layer: Layer) -> int:
+    try:
+        return 0 if layer.is_lazy else layer.size()
+    except LayerstoreError:
+        return 0
+
+
+def _documents_size(image: Image | None) -> int:
+    return 0 if image is None else sum(image.record.big_data_sizes.values())

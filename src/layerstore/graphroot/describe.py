@@ -1,0 +1,218 @@
+"""What is told about an image: the documents of ``podman inspect`` and ``podman history``.
+
+``image_document`` has Podman's keys, and one more, ``Layers``: where the content of each layer
+comes from, which Podman does not tell.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from layerstore.errors import CorruptStorage, InvalidReference, LayerstoreError
+from layerstore.graphroot.records import parse_time
+from layerstore.graphroot.usage import parents
+from layerstore.image import Reference
+
+if TYPE_CHECKING:
+    from layerstore.graphroot.containers import Container
+    from layerstore.graphroot.images import Image
+    from layerstore.graphroot.layers import Layer
+    from layerstore.graphroot.store import Store
+    from layerstore.graphroot.usage import ImageSummary
+
+MISSING: Final = "<missing>"
+"""The id of a step of a history whose image is not here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of an image's making, as ``podman history`` shows it; ``size`` is in bytes."""
+
+    id: str
+    created: str
+    created_by: str
+    size: int
+    comment: str
+    tags: tuple[str, ...]
+
+
+def history(image: Image) -> list[Step]:
+    """The steps of ``image``, the newest first; raises ``StorageError``."""
+    known = _ancestors(image)
+    found: list[Step] = []
+    steps = image.history()
+    for number, step in reversed(list(enumerate(steps))):
+        at = image if number == len(steps) - 1 else known.get(number + 1)
+        found.append(
+            Step(
+                id=at.id if at is not None else MISSING,
+                created=step.created,
+                created_by=step.created_by,
+                size=step.layer.size() if step.layer is not None else 0,
+                comment=step.comment,
+                tags=at.names if at is not None else (),
+            )
+        )
+    return found
+
+
+def image_document(image: Image) -> dict[str, Any]:
+    """What ``podman image inspect`` prints, and ``Layers``; raises ``StorageError``."""
+    config = _config(image)
+    settings: dict[str, Any] = config.get("config") or {}
+    manifest = image.parsed_manifest()
+    layers = image.layers()
+    steps: list[dict[str, Any]] = config.get("history") or []
+    size = image.size()
+    return {
+        "Id": image.id,
+        "Digest": image.digest or "",
+        "RepoTags": [name for name in image.names if "@" not in name],
+        "RepoDigests": repo_digests(image),
+        "Parent": parents(image.store.images()).get(image.id, ""),
+        "Comment": config.get("comment") or "",
+        "Created": config.get("created") or image.created,
+        "Config": settings,
+        "Version": config.get("docker_version") or "",
+        "Author": config.get("author") or "",
+        "Architecture": config.get("architecture") or "",
+        "Os": config.get("os") or "",
+        "Size": size,
+        "VirtualSize": size,
+        "GraphDriver": _driver(image.store, layers),
+        "RootFS": {
+            "Type": "layers",
+            "Layers": (config.get("rootfs") or {}).get("diff_ids") or [],
+        },
+        "Labels": settings.get("Labels"),
+        "Annotations": dict(manifest.annotations),
+        "ManifestType": manifest.media_type,
+        "User": settings.get("User") or "",
+        "History": steps,
+        "NamesHistory": list(image.record.names_history),
+        "Layers": [layer_document(layer) for layer in layers],
+    }
+
+
+def layer_document(layer: Layer) -> dict[str, Any]:
+    """Where a layer comes from.
+
+    ``DiffID``, ``BlobDigest`` and ``Size`` are null where nobody has verified them (layers of an
+    additional layer store); ``ExpectedDiffID`` is then what the image's config announces.
+    ``Source`` is ``local``, ``additional-layer-store`` or ``additional-image-store``.
+    """
+    additional = layer.additional_layer
+    if additional is not None:
+        source = "additional-layer-store"
+    else:
+        source = "additional-image-store" if layer.read_only else "local"
+    record = layer.record
+    return {
+        "Id": layer.id,
+        "DiffID": layer.diff_id,
+        "ExpectedDiffID": record.expected_diff_id,
+        "TOCDigest": layer.toc_digest,
+        "BlobDigest": layer.blob_digest,
+        "Size": record.diff_size if record.diff_size > 0 or layer.diff_id else None,
+        "CompressedSize": record.compressed_size or None,
+        "Source": source,
+        "Lazy": additional is not None,
+        "DiffPath": str(layer.diff_path),
+        "AdditionalLayer": None if additional is None else str(additional),
+        "ReadOnly": layer.read_only,
+    }
+
+
+def container_document(store: Store, container: Container) -> dict[str, Any]:
+    """What the storage knows of a container: Podman's own database knows more."""
+    layers = store.layer_chain(container.layer_id)
+    image = next((one for one in store.images() if one.id == container.image_id), None)
+    return {
+        "Id": container.id,
+        "Names": list(container.names),
+        "Created": container.created,
+        "Image": container.image_id,
+        "ImageName": image.names[0] if image is not None and image.names else "",
+        "GraphDriver": _driver(store, layers),
+        "Layers": [layer_document(layer) for layer in layers],
+    }
+
+
+def repo_digests(image: Image) -> list[str]:
+    """``repository@digest`` for every repository and manifest digest of the image, sorted."""
+    found: set[str] = set()
+    for name in image.names:
+        try:
+            repository = Reference.parse(name).name
+        except InvalidReference:
+            continue
+        found.update(f"{repository}@{digest}" for digest in image.digests)
+    return sorted(found)
+
+
+def _driver(store: Store, layers: list[Layer]) -> dict[str, Any]:
+    """The directories of the top layer, as overlay's options have them, and its mount."""
+    if not layers:
+        return {"Name": store.config.driver, "Data": {}}
+    *below, top = layers
+    data: dict[str, str] = {}
+    if below:
+        data["LowerDir"] = ":".join(str(layer.diff_path) for layer in reversed(below))
+    data["UpperDir"] = str(top.diff_path)
+    data["WorkDir"] = str(top.diff_path.with_name("work"))
+    return {"Name": store.config.driver, "Data": data}
+
+
+def _config(image: Image) -> dict[str, Any]:
+    try:
+        document = json.loads(image.config())
+    except ValueError as error:
+        raise CorruptStorage("the config is damaged", subject=image.id) from error
+    if not isinstance(document, dict):
+        raise CorruptStorage("the config is no JSON object", subject=image.id)
+    return document
+
+
+def _ancestors(image: Image) -> dict[int, Image]:
+    """Length of its history -> image, for the images that ``image`` was made from."""
+    images = {one.id: one for one in reversed(image.store.images())}
+    above = parents(list(images.values()))
+    found: dict[int, Image] = {}
+    at = above.get(image.id)
+    while at is not None:
+        found[len(images[at].history())] = images[at]
+        at = above.get(at)
+    return found
+
+
+def summary_document(summary: ImageSummary) -> dict[str, Any]:
+    """One image of ``podman images --format json``."""
+    image = summary.image
+    created = parse_time(image.created)
+    return {
+        "Id": image.id,
+        "ParentId": summary.parent,
+        "RepoTags": [name for name in image.names if "@" not in name],
+        "RepoDigests": repo_digests(image),
+        "Size": summary.size,
+        "VirtualSize": summary.size,
+        "Labels": _labels(image),
+        "Containers": summary.containers,
+        "ReadOnly": image.read_only,
+        "Dangling": not image.names,
+        "Names": list(image.names),
+        "Digest": image.digest or "",
+        "History": list(image.record.names_history),
+        "Created": 0 if created is None else created // 1_000_000_000,
+        "CreatedAt": image.created,
+    }
+
+
+def _labels(image: Image) -> dict[str, Any] | None:
+    try:
+        settings: dict[str, Any] = _config(image).get("config") or {}
+    except LayerstoreError:
+        return None  # a damaged image is listed all the same
+    return settings.get("Labels")

@@ -1,0 +1,235 @@
+"""Who needs what: which image was made from which, which are dangling, what a name filter means.
+
+An image without names is *dangling*.  A dangling image from which another one was made (an
+earlier step of a build) is *intermediate*: Podman's list leaves it out, and it cannot simply go.
+That an image was made from another is said nowhere; it follows from the configs, as Podman
+decides it: the parent's layers are the first of the child's, and so are the steps of its history,
+of which the child has more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final
+
+from layerstore.errors import InvalidReference, LayerstoreError, UsageError
+from layerstore.graphroot.records import parse_time
+from layerstore.image import Reference
+
+if TYPE_CHECKING:
+    from layerstore.graphroot.images import Image
+    from layerstore.graphroot.store import Store
+
+_TRUE: Final = frozenset(("1", "t", "T", "TRUE", "true", "True"))
+_FALSE: Final = frozenset(("0", "f", "F", "FALSE", "false", "False"))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFilter:
+    """Which images to list; every condition that is there must hold."""
+
+    references: tuple[str, ...] = ()
+    """Patterns; one of them must match a name (``reference_matches``)."""
+    dangling: bool | None = None
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> ImageFilter:
+        """``reference=PATTERN`` and ``dangling=BOOL``; raises ``UsageError``."""
+        references: list[str] = []
+        dangling: bool | None = None
+        for text in texts:
+            key, separator, value = text.partition("=")
+            if not separator:
+                raise UsageError("a filter has the form KEY=VALUE", subject=text)
+            if key == "reference":
+                references.append(value)
+            elif key == "dangling":
+                if value not in _TRUE | _FALSE:
+                    raise UsageError("dangling is true or false", subject=text)
+                dangling = value in _TRUE
+            else:
+                raise UsageError(f"unsupported image filter {key!r}", subject=text)
+        return cls(tuple(references), dangling)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSummary:
+    """One image of a list.  ``size`` is in bytes; ``parent`` is an id or empty."""
+
+    image: Image
+    size: int
+    containers: int
+    parent: str
+    intermediate: bool
+
+
+def summaries(
+    store: Store,
+    wanted: ImageFilter | None = None,
+    *,
+    all_images: bool = False,
+    with_parents: bool = False,
+) -> list[ImageSummary]:
+    """The images that match, the newest first; intermediate ones only with ``all_images``.
+
+    ``parent`` is filled in ``with_parents``.
+
+    An image whose content is damaged is listed all the same, with what the records say.
+    """
+    wanted = wanted or ImageFilter()
+    images = store.images()
+    # Only an image without names can be intermediate; reading every config takes its time.
+    above = parents(images) if with_parents or not all(image.names for image in images) else {}
+    with_children = set(above.values())
+    named = [_lookup(store, pattern) for pattern in wanted.references]
+    used: dict[str, int] = {}
+    for container in store.containers():
+        used[container.image_id] = used.get(container.image_id, 0) + 1
+    found = []
+    for image in images:
+        intermediate = not image.names and image.id in with_children
+        if intermediate and not all_images:
+            continue
+        if wanted.dangling is not None and wanted.dangling != (not image.names):
+            continue
+        if wanted.references and not (
+            image.id in named
+            or any(
+                reference_matches(name, pattern)
+                for name in image.names
+                for pattern in wanted.references
+            )
+        ):
+            continue
+        parent = above.get(image.id, "")
+        size = _size(image)
+        found.append(ImageSummary(image, size, used.get(image.id, 0), parent, intermediate))
+    found.sort(key=lambda item: -(parse_time(item.image.created) or 0))
+    return found
+
+
+def parents(images: Sequence[Image]) -> dict[str, str]:
+    """Image id -> id of the image it was made from, where that is there."""
+    origins = {image.id: origin for image in images if (origin := _origin(image)) is not None}
+    complete: dict[int, list[str]] = {}
+    for image, origin in origins.items():
+        complete.setdefault(origin.chain[-1], []).append(image)
+    found: dict[str, str] = {}
+    for child, origin in origins.items():
+        earlier = (
+            image
+            for mark in reversed(origin.chain[:-1])
+            for image in complete.get(mark, ())
+            if image != child and origins[image].is_before(origin)
+        )
+        nearest = next(earlier, None)
+        if nearest is not None:
+            found[child] = nearest
+    return found
+
+
+def local_name(text: str) -> str:
+    """The full name that ``podman tag IMAGE text`` gives; raises ``InvalidReference``.
+
+    A name without a registry is one of this machine: ``localhost/...``; without a tag it gets
+    ``latest``.
+    """
+    first, slash, _ = text.partition("/")
+    has_registry = slash and ("." in first or ":" in first or first == "localhost")
+    reference = Reference.parse(text if has_registry else f"localhost/{text}")
+    if reference.digest is not None:
+        raise InvalidReference("tag by digest not supported", subject=text)
+    return str(reference)
+
+
+def reference_matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` (``*``, ``?``, ``[...]``; none of them matches a slash) is ``name``.
+
+    It may be the whole name, or be without the registry, without the whole path, or without the
+    tag.
+    """
+    try:
+        reference = Reference.parse(name)
+    except InvalidReference:
+        return name == pattern
+    tail = name.removeprefix(reference.name)
+    path = reference.path
+    last = path.rpartition("/")[2]
+    candidates = (name, path + tail, last + tail, reference.name, path, last)
+    matcher = _glob(pattern)
+    return any(matcher.fullmatch(candidate) for candidate in candidates)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """How an image came about: its layers and the steps of its history, the oldest first.
+
+    ``chain`` has a hash for each beginning of the history, so that the images made in one of its
+    steps are found without comparing all with all.
+    """
+
+    diff_ids: tuple[str, ...]
+    history: tuple[str, ...]
+    chain: tuple[int, ...]
+
+    def is_before(self, other: _Origin) -> bool:
+        layers, steps = len(self.diff_ids), len(self.history)
+        return (
+            steps < len(other.history)
+            and other.diff_ids[:layers] == self.diff_ids
+            and other.history[:steps] == self.history
+        )
+
+
+def _origin(image: Image) -> _Origin | None:
+    try:
+        document: Any = json.loads(image.config())
+        steps = document.get("history") or []
+        if not steps:
+            return None
+        diff_ids = tuple(str(one) for one in document["rootfs"]["diff_ids"])
+        history = tuple(json.dumps(step, sort_keys=True) for step in steps)
+    except (LayerstoreError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    chain = tuple(accumulate(history, lambda mark, step: hash((mark, step)), initial=0))[1:]
+    return _Origin(diff_ids, history, chain)
+
+
+def _lookup(store: Store, pattern: str) -> str:
+    try:
+        return store.image(pattern).id
+    except LayerstoreError:
+        return ""
+
+
+def _size(image: Image) -> int:
+    try:
+        return image.size()
+    except LayerstoreError:
+        return sum(image.record.big_data_sizes.values())
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    out = []
+    position = 0
+    while position < len(pattern):
+        char = pattern[position]
+        position += 1
+        if char == "*":
+            out.append("[^/]*")
+        elif char == "?":
+            out.append("[^/]")
+        elif char == "[" and (end := pattern.find("]", position + 1)) > 0:
+            members = pattern[position:end].replace("\\", "\\\\").replace("[", "\\[")
+            out.append(f"[{members}]")
+            position = end + 1
+        else:
+            out.append(re.escape(char))
+    try:
+        return re.compile("".join(out))
+    except re.error:
+        return re.compile(re.escape(pattern))
