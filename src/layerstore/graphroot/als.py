@@ -37,6 +37,19 @@ from layerstore.graphroot.alsinfo import LayerFacts, parse_info
 from layerstore.graphroot.storageconf import LayerStoreSpec
 from layerstore.image import Digest, Reference
 
+__all__ = [
+    "AlsLayer",
+    "LayerFacts",
+    "LayerStores",
+    "Miss",
+    "StoreFiles",
+    "open_blob",
+    "parse_info",
+    "read_info",
+    "release_path",
+    "use_path",
+]
+
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
