@@ -140,3 +140,5 @@ ARCHIVE_BYTES: Final = 256 * 1024 * MIB  # of an archive or a layer in one, unpa
 SIGNATURES: Final = 128  # of one manifest
 SIGNATURE_BYTES: Final = 4 * MIB
 INDEX_NESTING: Final = 4  # indexes inside indexes
+GPG_SECONDS: Final = 30.0  # one run of gpg
+POLICY_BYTES: Final = 4 * MIB  # policy.json, a key file, a file of registries.d
