@@ -16,12 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from layerstore.errors import CorruptStorage, InvalidManifest, InvalidReference, UnknownObject
+from layerstore.errors import (
+    CorruptStorage,
+    InvalidManifest,
+    InvalidReference,
+    UnknownObject,
+    UsageError,
+)
 from layerstore.graphroot import bigdata
 from layerstore.graphroot.overlay import checked_component
 from layerstore.graphroot.records import ImageRecord, dumps
@@ -36,15 +44,21 @@ if TYPE_CHECKING:
 
 MANIFEST: Final = bigdata.MANIFEST
 SIGNATURES: Final = "signatures"
+NO_SIGNATURES: Final = "{}"
+_ID: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class ImageArea:
-    """The images of one graph root: its own, or those of an additional image store."""
+    """The images of one graph root: its own, or those of an ``additional`` image store."""
 
-    def __init__(self, graph_root: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self, graph_root: Path, *, read_only: bool = False, additional: bool = False
+    ) -> None:
         self.directory: Final = graph_root / "overlay-images"
         self.read_only: Final = read_only
+        self.additional: Final = additional
         self.table: Final = Table(self.directory, "images", ImageRecord, read_only=read_only)
+        self._swept = False
 
     def records(self) -> tuple[ImageRecord, ...]:
         """The images at this moment."""
@@ -58,7 +72,11 @@ class ImageArea:
     def editing(self) -> Iterator[ImageEdit]:
         """Hold the write lock and change images; not to be nested."""
         with self.table.lock.writing():
-            yield ImageEdit(self)
+            edit = ImageEdit(self)
+            if not self._swept:
+                edit.sweep()
+                self._swept = True
+            yield edit
 
 
 class ImageEdit:
@@ -105,6 +123,16 @@ class ImageEdit:
         if image not in self._records:
             remove_tree(self.area.image_directory(image))
 
+    def sweep(self) -> None:
+        """Remove the directories of all images that have no record.
+
+        Everybody writes both under the lock, so these are what a crash left.
+        """
+        with contextlib.suppress(OSError), os.scandir(self.area.directory) as entries:
+            for entry in entries:
+                if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    self.clear_directory(entry.name)
+
     def save(self) -> None:
         """Write the records down."""
         self.area.table.save(self.records)
@@ -117,12 +145,35 @@ def with_names(record: ImageRecord, names: Sequence[str]) -> ImageRecord:
     return replace(record, names=unique, names_history=(*fresh, *record.names_history))
 
 
+def check_names(names: Sequence[str], known: Sequence[str] = ()) -> None:
+    """Raise ``UsageError`` unless all ``names`` are full references or ``known``."""
+    for name in names:
+        if name in known:
+            continue
+        try:
+            full = str(Reference.parse(name))
+        except InvalidReference as error:
+            raise UsageError(
+                f"cannot be the name of an image: {error.what}", subject=name
+            ) from None
+        if full != name:
+            raise UsageError(f"is no full name of an image, {full} would be", subject=name)
+
+
+def check_documents(manifest: bytes, manifest_type: str, config: bytes) -> None:
+    """Raise ``InvalidManifest`` or ``VerificationError`` unless ``config`` is the manifest's."""
+    parsed = parse_any_manifest(manifest, manifest_type or None)
+    if isinstance(parsed, Index):
+        raise InvalidManifest("the manifest of an image is an index")
+    parsed.config.digest.verify(config, subject="config of the image")
+
+
 def signature_items(
     manifest: Digest, signatures: Sequence[bytes]
 ) -> tuple[str, list[tuple[str, bytes]]]:
     """The record's metadata, and the big data, for the signatures of a manifest."""
     if not signatures:
-        return "{}", []
+        return NO_SIGNATURES, []
     sizes = [len(signature) for signature in signatures]
     joined = b"".join(signatures)
     metadata = dumps({"signature-sizes": sizes, "signatures-sizes": {manifest: sizes}}).decode()
@@ -182,7 +233,7 @@ class Image:
     @property
     def read_only(self) -> bool:
         """Whether it belongs to an additional image store."""
-        return self.area.read_only
+        return self.area.additional
 
     def big_data(self, key: str) -> bytes:
         """One item of its big data; raises ``CorruptStorage`` if it is not there."""

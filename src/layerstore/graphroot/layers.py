@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 from layerstore import limits
 from layerstore.errors import CorruptStorage, StorageError, UnknownObject
 from layerstore.formats import LayerStream
-from layerstore.graphroot import als
+from layerstore.graphroot import als, atomic
 from layerstore.graphroot.export import export_diff
 from layerstore.graphroot.mountpoints import unmount_for_removal
 from layerstore.graphroot.overlay import Overlay, RootAttributes, checked_component
@@ -45,7 +45,8 @@ _TAR_SPLIT: Final = ".tar-split.gz"
 class LayerArea:
     """The layers of one graph root: its own, or those of an additional image store.
 
-    ``others`` are the areas on whose layers ours may stand.
+    ``others`` are the areas on whose layers ours may stand; ``additional`` says that this is
+    one of an additional image store.
     """
 
     def __init__(
@@ -54,13 +55,16 @@ class LayerArea:
         run_root: Path,
         *,
         read_only: bool = False,
+        additional: bool = False,
         others: tuple[LayerArea, ...] = (),
     ) -> None:
         self.directory: Final = graph_root / "overlay-layers"
         self.run_directory: Final = run_root / "overlay-layers"
         self.read_only: Final = read_only
+        self.additional: Final = additional
         self.overlay: Final[Overlay] = Overlay(graph_root, [other.overlay for other in others])
         self.table: Final = Table(self.directory, "layers", LayerRecord, read_only=read_only)
+        self._swept = False
 
     def records(self) -> tuple[LayerRecord, ...]:
         """The complete layers at this moment.
@@ -77,6 +81,12 @@ class LayerArea:
                     found = edit.records
         return found
 
+    def mount_path(self, layer: str) -> Path:
+        """Where the layer is mounted when it is: not in a store that may be read-only."""
+        if self.read_only:
+            return self.run_directory.parent / "overlay" / checked_component(layer) / "merged"
+        return self.overlay.directory(layer) / "merged"
+
     @contextlib.contextmanager
     def editing(self) -> Iterator[LayerEdit]:
         """Hold the write lock and change layers; not to be nested.
@@ -87,6 +97,9 @@ class LayerArea:
             released: list[Path] = []
             try:
                 with self.table.lock.writing():
+                    if not self._swept:
+                        atomic.sweep(self.directory)
+                        self._swept = True
                     edit = LayerEdit(self, bin_, released)
                     edit.delete_incomplete()
                     yield edit
@@ -249,7 +262,7 @@ class Layer:
     @property
     def read_only(self) -> bool:
         """Whether the layer belongs to an additional image store."""
-        return self.area.read_only
+        return self.area.additional
 
     @property
     def diff_path(self) -> Path:
@@ -307,7 +320,7 @@ class Layer:
 
 def _copy(source: Path, target: Path) -> None:
     # overlay/ may be a mount of its own, so that this cannot be a rename.
-    partial = target.with_name(f".tmp-{target.name}")
+    partial = target.with_name(f".tmp-{target.name}")  # atomic.sweep knows it
     try:
         with open(source, "rb") as from_, open(partial, "wb") as to:
             os.fchmod(to.fileno(), 0o600)

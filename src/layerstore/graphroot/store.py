@@ -11,9 +11,8 @@ and are never changed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -21,10 +20,8 @@ from layerstore.errors import (
     ConfigError,
     CorruptStorage,
     InUse,
-    InvalidReference,
     StorageError,
     UnknownObject,
-    UsageError,
 )
 from layerstore.formats import Compression
 from layerstore.graphroot import als, bigdata, deletion
@@ -32,9 +29,12 @@ from layerstore.graphroot.containers import Container, ContainerArea
 from layerstore.graphroot.deletion import Removed
 from layerstore.graphroot.extract import WhiteoutStyle, in_user_namespace
 from layerstore.graphroot.images import (
+    NO_SIGNATURES,
     Image,
     ImageArea,
     ImageEdit,
+    check_documents,
+    check_names,
     resolve,
     signature_items,
     with_names,
@@ -54,7 +54,7 @@ from layerstore.graphroot.records import (
 from layerstore.graphroot.stage import DIFF, TAR_SPLIT, StagedLayer
 from layerstore.graphroot.staging import Staging, TempDirectory, remove_stale
 from layerstore.graphroot.storageconf import StorageConfig
-from layerstore.image import Digest, Reference
+from layerstore.image import Digest
 
 _OTHER_DRIVERS: Final = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
 _COMPRESSION: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
@@ -71,7 +71,10 @@ class Store:
         self.read_only: Final = read_only
         root, run = config.graph_root, config.run_root
         others = [
-            (LayerArea(path, run, read_only=True), ImageArea(path, read_only=True))
+            (
+                LayerArea(path, run, read_only=True, additional=True),
+                ImageArea(path, read_only=True, additional=True),
+            )
             for path in config.additional_image_stores
         ]
         self.layer_area: Final = LayerArea(
@@ -327,6 +330,7 @@ class Store:
         layer: str,
         names: Sequence[str],
         manifest: bytes,
+        manifest_type: str = "",
         config: bytes,
         index: bytes | None = None,
         created: str = "",
@@ -336,13 +340,15 @@ class Store:
         """Make an image of ``layer`` ("" for none) and its stored documents.
 
         ``names`` are full references; they leave other images.  ``index`` is the one
-        through which the manifest was chosen.  An image of this id keeps its names and
+        through which the manifest was chosen, ``manifest_type`` the media type it was
+        served as.  An image of this id keeps its names and
         gets these in front; if it has another manifest, ``InUse`` is raised unless
         ``replace``, and if it has another top layer, in any case.  Raises
         ``UnknownObject`` if the layer is gone.
         """
         self._want_writable()
-        _check_names(names)
+        check_names(names)
+        check_documents(manifest, manifest_type, config)
         digest = bigdata.manifest_digest(manifest)
         items = [(str(Digest.of(config)), config)]
         if index is not None and index != manifest:
@@ -350,9 +356,26 @@ class Store:
         items += [(f"manifest-{digest}", manifest), (bigdata.MANIFEST, manifest)]
         metadata, signed = signature_items(digest, signatures)
         items += signed
-        with self._image_edit() as edit:
-            if layer and layer not in {found.id for found in self._layers_under_lock()}:
+        with self.layer_area.table.lock.reading():
+            # Whoever deletes layers holds this lock for writing, so the layer stays.
+            if layer and layer not in {found.id for found in self.layers()}:
                 raise _no_layer(layer)
+            return self._put_image(
+                image_id, layer, names, digest, created, items, metadata, replace
+            )
+
+    def _put_image(
+        self,
+        image_id: str,
+        layer: str,
+        names: Sequence[str],
+        digest: Digest,
+        created: str,
+        items: Sequence[tuple[str, bytes]],
+        metadata: str,
+        replace: bool,
+    ) -> Image:
+        with self.image_area.editing() as edit:
             old = edit.get(image_id)
             if old is None:
                 edit.clear_directory(image_id)
@@ -361,7 +384,7 @@ class Store:
                 )
             else:
                 _check_replaceable(old, layer, digest, replace)
-                if signed or old.digest != digest:
+                if metadata != NO_SIGNATURES or old.digest != digest:
                     old = dataclasses.replace(old, metadata=metadata)
             record = dataclasses.replace(edit.write(old, items), digest=digest)
             record = with_names(record, [*names, *record.names])
@@ -386,10 +409,10 @@ class Store:
 
     def _rename(self, image_id: str, change: Callable[[tuple[str, ...]], Sequence[str]]) -> Image:
         self._want_writable()
-        with self._image_edit() as edit:
+        with self.image_area.editing() as edit:
             record = edit.get(image_id) or self._pull_up(edit, image_id)
             names = change(record.names)
-            _check_names(names, known=record.names)
+            check_names(names, known=record.names)
             record = with_names(record, names)
             edit.put(record)
             edit.save()
@@ -405,35 +428,21 @@ class Store:
                     return edit.write(record, items)
         raise UnknownObject("no such image", subject=image_id)
 
-    @contextlib.contextmanager
-    def _image_edit(self) -> Iterator[ImageEdit]:
-        # Whoever deletes layers holds layers.lock for writing, so the layers stay.
-        with self.layer_area.table.lock.reading(), self.image_area.editing() as edit:
-            yield edit
-
-    def _layers_under_lock(self) -> list[Layer]:
-        own = [
-            Layer(record, self.layer_area)
-            for record in self.layer_area.table.load()
-            if not record.incomplete
-        ]
-        return [*own, *self._foreign_layers()]
-
     def remove_image(self, name_or_id: str, *, force: bool = False) -> Removed:
         """What `podman rmi` does.
 
         One of several names is only taken away.  Otherwise the image goes, with the
-        layers that nothing else needs.  Raises ``InUse`` if a container was made from it,
+        layers that nothing else needs, and with the nameless images that it was
+        built from.  Raises ``InUse`` if a container was made from it,
         if it has several names and was called by its id or digest (unless ``force``), or
         if it belongs to an additional image store; ``UnknownObject``.
         """
         self._want_writable()
-        image, name = resolve(self.images(), name_or_id)
+        images = self.images()
+        image, name = resolve(images, name_or_id)
         if image.read_only:
             raise InUse("the image belongs to a read-only store", subject=name_or_id)
-        return deletion.remove_image(
-            self.layer_area, self.image_area, self.container_area, image.id, name, force=force
-        )
+        return deletion.remove_with_parents(self, images, image, name, force=force)
 
     def prune(self, *, all_images: bool = False) -> list[Removed]:
         """Delete images that no container uses and that have neither names nor children.
@@ -484,20 +493,6 @@ def _check_replaceable(old: ImageRecord, layer: str, digest: Digest, replace: bo
         raise InUse("an image of this id has another top layer", subject=old.id)
     if old.digest != digest and not replace:
         raise InUse(f"an image of this id has another manifest, {old.digest}", subject=old.id)
-
-
-def _check_names(names: Sequence[str], known: Sequence[str] = ()) -> None:
-    for name in names:
-        if name in known:
-            continue
-        try:
-            full = str(Reference.parse(name))
-        except InvalidReference as error:
-            raise UsageError(
-                f"cannot be the name of an image: {error.what}", subject=name
-            ) from None
-        if full != name:
-            raise UsageError(f"is no full name of an image, {full} would be", subject=name)
 
 
 def _time(text: str) -> str:
