@@ -1,0 +1,529 @@
+"""Images into a graph root: what is there is used, what is not is fetched, all of it verified.
+
+A pull plans first, without a lock and before anything is written: which layers the storage
+has, which an additional layer store has (``reuse`` has the rules).  The rest is fetched and
+extracted by several threads at once, and the layers are committed from the lowest up, each as
+soon as those below it are there, so that a pull that fails leaves layers that the next one
+finds.  The image comes last.
+
+Others work on the same graph root meanwhile.  A layer that somebody else commits first is
+used; if somebody removes what this pull counted on, it begins anew, and finds what it has
+fetched so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from layerstore import limits
+from layerstore.copy.chosen import ChosenImage, choose_image
+from layerstore.copy.layerfetch import FetchedLayer, LayerFetcher, given_up
+from layerstore.copy.progress import (
+    ALREADY_EXISTS,
+    FOUND_BY_TOC,
+    GETTING_SIGNATURES,
+    STORING_SIGNATURES,
+    WRITING_MANIFEST,
+    PullListener,
+    Quiet,
+)
+from layerstore.copy.reuse import (
+    How,
+    KnownImage,
+    WantedLayer,
+    choose_image_id,
+    in_place,
+    in_place_by_toc,
+    in_place_by_word,
+    layer_ids,
+    proven_diff_id,
+    proven_toc,
+)
+from layerstore.copy.spool import Spool
+from layerstore.copy.transport import ImageSource
+from layerstore.errors import InUse, LayerstoreError, StorageError, UnknownObject
+from layerstore.graphroot.als import AlsLayer, LayerStores, read_info
+from layerstore.graphroot.identity import layer_id
+from layerstore.graphroot.images import Image
+from layerstore.graphroot.layers import Layer
+from layerstore.graphroot.staging import StagingLost
+from layerstore.graphroot.store import Store
+from layerstore.image import Digest, Platform, uncompressed_size
+from layerstore.registry import FetchedManifest
+
+_log = logging.getLogger(__name__)
+
+Check = Callable[[FetchedManifest, Sequence[bytes]], None]
+
+
+def _accept(manifest: FetchedManifest, signatures: Sequence[bytes]) -> None:
+    return
+
+
+@dataclass(frozen=True)
+class IntoStorage:
+    """How to bring an image into a graph root.
+
+    ``check`` judges manifest and signatures before they are believed, and raises
+    ``PolicyRejected``.  ``layer_stores`` False asks none; ``dialect_l`` also asks them for
+    blobs, and believes them.  ``keep_blobs`` keeps what has come of large blobs, for the next
+    attempt.  ``parallel`` layers are under way at once.
+    """
+
+    platform: Platform = field(default_factory=Platform.host)
+    check: Check = _accept
+    layer_stores: bool = True
+    dialect_l: bool = False
+    keep_blobs: bool = True
+    parallel: int = limits.PULL_PARALLEL
+    listener: PullListener = field(default_factory=Quiet)
+    lookup_seconds: float = limits.LAYER_STORE_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutcome:
+    """One layer of a pulled image, and where it came from."""
+
+    digest: Digest
+    diff_id: Digest
+    size: int
+    how: How
+    layer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """The image in the storage; ``digest`` is what its name stands for: an index's, perhaps.
+
+    ``misses`` say why a layer store did not give a layer.
+    """
+
+    image_id: str
+    digest: Digest
+    manifest_digest: Digest
+    names: tuple[str, ...]
+    layers: tuple[LayerOutcome, ...]
+    misses: tuple[str, ...] = ()
+
+
+def pull_into(
+    store: Store, source: ImageSource, names: Sequence[str], options: IntoStorage | None = None
+) -> PullResult:
+    """Bring the image of ``source`` into ``store`` and call it ``names`` (full references).
+
+    Raises the errors of the source and of ``options.check``; ``InvalidManifest``,
+    ``UnsupportedFormat``, ``InvalidLayer``, ``LimitExceeded`` and ``VerificationError`` for
+    images that are not what they should be; ``StorageError``.  Layers that were committed
+    before stay, whatever else was made is removed.
+    """
+    options = options or IntoStorage()
+    listener = options.listener
+    signatures: list[bytes] = []
+
+    def check(manifest: FetchedManifest) -> None:
+        listener.message(GETTING_SIGNATURES)
+        signatures.extend(source.signatures(manifest.digest))
+        options.check(manifest, signatures)
+
+    image = choose_image(source, options.platform, check)
+    if not options.platform.matches(image.config.platform):
+        listener.message(
+            f"the image is for {image.config.platform}, asked for was {options.platform}"
+        )
+    spool = Spool(store.config.graph_root) if options.keep_blobs else None
+    if spool is not None:
+        spool.expire()
+    specs = store.config.additional_layer_stores if options.layer_stores else ()
+    stores = LayerStores(specs, lookup_seconds=options.lookup_seconds)
+    try:
+        for _ in range(limits.PULL_ATTEMPTS):
+            with contextlib.suppress(_Vanished), LayerFetcher(store, source, spool) as fetcher:
+                pull = _Pull(store, source, image, stores, fetcher, options)
+                layers = pull.layers()
+                found = pull.image(layers, names, signatures)
+                return PullResult(
+                    found.id,
+                    (image.index or image.manifest).digest,
+                    image.manifest.digest,
+                    tuple(names),
+                    tuple(map(_outcome, layers)),
+                    tuple(f"{miss.path}: {miss.reason}" for miss in stores.misses),
+                )
+    finally:
+        stores.close()
+    raise StorageError(
+        "others remove the image's layers again and again",
+        subject=str(store.config.graph_root),
+        advice="try again when nothing else is removed there",
+    )
+
+
+class _Vanished(Exception):
+    """Somebody removed a layer that was to be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a layer is to be had: ``layer`` is one in the storage, ``found`` in a layer store."""
+
+    wanted: WantedLayer
+    how: How
+    layer: Layer | None = None
+    found: AlsLayer | None = None
+    twin: bool = False  # its content is that of a layer further down
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    wanted: WantedLayer
+    how: How
+    layer: Layer
+
+    @property
+    def toc(self) -> Digest | None:
+        """The TOC that the layer is identified by."""
+        return proven_toc(self.layer.record)
+
+
+def _outcome(done: _Done) -> LayerOutcome:
+    blob = done.wanted.descriptor
+    return LayerOutcome(blob.digest, done.wanted.diff_id, blob.size, done.how, done.layer.id)
+
+
+class _Pull:
+    """One attempt to have all layers of an image in the storage."""
+
+    def __init__(
+        self,
+        store: Store,
+        source: ImageSource,
+        image: ChosenImage,
+        stores: LayerStores,
+        fetcher: LayerFetcher,
+        options: IntoStorage,
+    ) -> None:
+        self._store = store
+        self._source = source
+        self._image = image
+        self._stores = stores
+        self._fetcher = fetcher
+        self._options = options
+        self._listener = options.listener
+
+    # -- planning ------------------------------------------------------------------------
+
+    def plan(self) -> list[_Plan]:
+        """What to do for each layer, as things stand now."""
+        known = _Known(self._store)
+        plans: list[_Plan] = []
+        parent: str | None = ""
+        wanted = self._image.layers
+        for one in wanted:
+            there = None if parent is None else self._in_place(known, parent, one)
+            if there is None:
+                break
+            plans.append(there)
+            parent = there.layer.id if there.layer is not None else None
+        rest = wanted[len(plans) :]
+        offers = self._offers([one for one in rest if not known.with_content(one.diff_id)], plans)
+        pulled = {plan.wanted.diff_id for plan in plans}
+        for one in rest:
+            plan = self._elsewhere(known, one, offers.get(one.index), pulled)
+            pulled.add(one.diff_id)
+            plans.append(plan)
+        return plans
+
+    def _in_place(self, known: _Known, parent: str, wanted: WantedLayer) -> _Plan | None:
+        """The layer in the storage that is the wanted one already."""
+        for layer in known.on(parent):
+            record = layer.record
+            if in_place(record, parent, wanted.diff_id, lazy=layer.is_lazy):
+                return _Plan(wanted, How.SHARED, layer)
+        if wanted.toc is not None:
+            for layer in known.on(parent):
+                if in_place_by_toc(layer.record, parent, wanted.toc) and self._alive(layer):
+                    return _Plan(wanted, How.TOC, layer)
+        if self._options.dialect_l:
+            for layer in known.on(parent):
+                if in_place_by_word(layer.record, parent, wanted) and self._alive(layer):
+                    return _Plan(wanted, How.SHARED, layer)
+        return None
+
+    def _alive(self, layer: Layer) -> bool:
+        """Whether a layer's content can be reached: its store may be gone."""
+        additional = layer.additional_layer
+        if additional is None:
+            return True
+        try:
+            read_info(additional, seconds=self._options.lookup_seconds)
+        except (OSError, StorageError) as error:
+            _log.warning("layer %s is not used: %s", layer.id, error)
+            return False
+        return True
+
+    def _offers(self, wanted: list[WantedLayer], plans: list[_Plan]) -> dict[int, AlsLayer]:
+        """What the layer stores have, asked at once; each directory once in an image."""
+        if not self._stores:
+            return {}
+        asked = [one for one in wanted if one.toc is not None or self._options.dialect_l]
+        if not asked:
+            return {}
+        with ThreadPoolExecutor(min(len(asked), self._options.parallel), "lookup") as pool:
+            found = list(pool.map(self._offer, asked))
+        used = {plan.layer.additional_layer for plan in plans if plan.layer is not None}
+        offers: dict[int, AlsLayer] = {}
+        for one, layer in zip(asked, found, strict=True):
+            if layer is None:
+                continue
+            if layer.path in used:
+                # An overlay cannot have the same directory twice.
+                layer.release()
+                continue
+            used.add(layer.path)
+            offers[one.index] = layer
+        return offers
+
+    def _offer(self, wanted: WantedLayer) -> AlsLayer | None:
+        reference = self._source.reference
+        found = None
+        if wanted.toc is not None:
+            found = self._stores.find_by_toc(reference, wanted.toc)
+        if found is None and self._options.dialect_l:
+            found = self._stores.find_by_blob(reference, wanted.descriptor.digest)
+            if found is not None and found.facts.diff_digest != wanted.diff_id:
+                found.release()
+                found = None
+        return found
+
+    def _elsewhere(
+        self, known: _Known, wanted: WantedLayer, offer: AlsLayer | None, below: set[Digest]
+    ) -> _Plan:
+        layer = known.with_content(wanted.diff_id)
+        if layer is not None:
+            return _Plan(wanted, How.LOCAL, layer)
+        if offer is not None:
+            return _Plan(wanted, How.ALS, found=offer)
+        return _Plan(wanted, How.PULLED, twin=wanted.diff_id in below)
+
+    # -- fetching and committing ------------------------------------------------------------
+
+    def layers(self) -> list[_Done]:
+        """Have all layers committed, the lowest first."""
+        plans = self.plan()
+        with ThreadPoolExecutor(max(1, self._options.parallel), "pull") as pool:
+            futures = [self._begin(plan, pool) for plan in plans]
+            running = [future for future in futures if future is not None]
+            done: list[_Done] = []
+            try:
+                for plan, future in zip(plans, futures, strict=True):
+                    if future is not None:
+                        _first(running, future)
+                    parent = done[-1].layer.id if done else ""
+                    done.append(self._commit(plan, parent, future, done))
+            except BaseException:
+                self._fetcher.stop()
+                pool.shutdown(wait=True, cancel_futures=True)
+                for left in running:
+                    if not left.cancelled() and left.exception() is None:
+                        left.result().abandoned()
+                raise
+        return done
+
+    def _begin(self, plan: _Plan, pool: ThreadPoolExecutor) -> Future[FetchedLayer] | None:
+        digest = plan.wanted.descriptor.digest
+        if plan.how is How.LOCAL:
+            self._listener.skipped(digest, ALREADY_EXISTS)
+            return pool.submit(self._copy, plan)
+        if plan.how is How.PULLED and not plan.twin:
+            return pool.submit(self._fetch, plan.wanted)
+        self._listener.skipped(digest, FOUND_BY_TOC if plan.how is How.TOC else ALREADY_EXISTS)
+        return None
+
+    def _fetch(self, wanted: WantedLayer) -> FetchedLayer:
+        blob = wanted.descriptor
+        with self._listener.copying("blob", blob.digest, blob.size) as item:
+            return self._fetcher.pull(wanted, item)
+
+    def _copy(self, plan: _Plan) -> FetchedLayer:
+        """From the layer of the plan, or, if that is not what it should be, from the source."""
+        assert plan.layer is not None
+        try:
+            return self._fetcher.copy(plan.wanted, plan.layer)
+        except LayerstoreError as error:
+            if given_up(error):
+                raise
+            _log.warning("layer %s cannot be copied, so it is pulled: %s", plan.layer.id, error)
+            return self._fetch(plan.wanted)
+
+    def _commit(
+        self,
+        plan: _Plan,
+        parent: str,
+        future: Future[FetchedLayer] | None,
+        below: list[_Done],
+    ) -> _Done:
+        wanted = plan.wanted
+        if plan.how in (How.SHARED, How.TOC):
+            assert plan.layer is not None
+            return _Done(wanted, plan.how, plan.layer)
+        there = self._in_place(_Known(self._store), parent, wanted)
+        if there is not None and there.how is How.SHARED:
+            # Somebody else was faster.
+            assert there.layer is not None
+            if future is not None:
+                future.result().committed()
+            return _Done(wanted, plan.how, there.layer)
+        if plan.found is not None:
+            layer = self._commit_offer(plan.found, wanted, parent)
+            if layer is not None:
+                return _Done(wanted, How.ALS, layer)
+        how = plan.how if plan.how is How.LOCAL else How.PULLED
+        if future is not None:
+            fetched = future.result()
+        elif plan.twin and (twin := _twin(wanted, below)) is not None:
+            how = How.LOCAL
+            fetched = self._copy(_Plan(wanted, how, twin))
+        else:
+            fetched = self._fetch(wanted)
+        for _ in range(limits.STAGE_ATTEMPTS):
+            try:
+                return _Done(wanted, how, self._put(fetched, wanted, parent))
+            except StagingLost:
+                fetched.abandoned()
+                fetched = self._fetch(wanted)
+            except BaseException:
+                fetched.abandoned()
+                raise
+        fetched.abandoned()
+        raise StorageError("the staging directories are removed again and again")
+
+    def _put(self, fetched: FetchedLayer, wanted: WantedLayer, parent: str) -> Layer:
+        for one in layer_ids(parent, wanted.diff_id):
+            try:
+                layer = self._store.put_layer(one, parent, fetched.staged)
+            except UnknownObject as error:
+                raise _Vanished from error
+            if in_place(layer.record, parent, wanted.diff_id, lazy=layer.is_lazy):
+                fetched.committed()
+                return layer
+            _log.warning("layer %s is there, but nobody checked it: not used", one)
+        raise StorageError("all ids of the layer are taken", subject=str(wanted.diff_id))
+
+    def _commit_offer(self, found: AlsLayer, wanted: WantedLayer, parent: str) -> Layer | None:
+        """A layer of a layer store; None if the store fails now."""
+        size = found.facts.diff_size
+        if size < 0:
+            announced = uncompressed_size(wanted.descriptor.annotations)
+            size = size if announced is None else announced
+        by_toc = found.dialect == "T"
+        one = (
+            layer_id(parent, toc_digest=wanted.toc)
+            if by_toc
+            else layer_id(parent, diff_id=wanted.diff_id)
+        )
+        try:
+            layer = self._store.put_als_layer(
+                one, parent, found, diff_id=wanted.diff_id, diff_size=size
+            )
+        except UnknownObject as error:
+            raise _Vanished from error
+        except StorageError as error:
+            _log.warning("%s is not used: %s", found.path, error)
+            return None
+        record = layer.record
+        if by_toc and wanted.toc is not None:
+            return layer if in_place_by_toc(record, parent, wanted.toc) else None
+        return layer if in_place_by_word(record, parent, wanted) else None
+
+    # -- the image ------------------------------------------------------------------------
+
+    def image(
+        self, layers: list[_Done], names: Sequence[str], signatures: Sequence[bytes]
+    ) -> Image:
+        """Record the image."""
+        image = self._image
+        top = layers[-1].layer.id if layers else ""
+        config = image.parsed.config
+        with self._listener.copying("config", config.digest, config.size) as item:
+            item.advance(config.size)
+        self._listener.message(WRITING_MANIFEST)
+        if signatures:
+            self._listener.message(STORING_SIGNATURES)
+        choice = choose_image_id(
+            Digest.of(image.config_raw),
+            image.manifest.digest,
+            [done.toc for done in layers],
+            top,
+            self._known_image,
+        )
+        try:
+            return self._store.put_image(
+                image_id=choice.id,
+                layer=top,
+                names=names,
+                manifest=image.manifest.raw,
+                config=image.config_raw,
+                index=None if image.index is None else image.index.raw,
+                created=image.config.created,
+                signatures=signatures,
+                replace=choice.replace,
+            )
+        except (UnknownObject, InUse) as error:
+            # The layers are gone, or somebody else made an image under this id just now.
+            raise _Vanished from error
+
+    def _known_image(self, one: str) -> KnownImage | None:
+        for image in self._store.images():
+            if image.id == one:
+                config = next(
+                    (key for key in image.record.big_data_names if key.startswith("sha256:")), None
+                )
+                return KnownImage(
+                    image.digests, None if config is None else Digest(config), image.top_layer
+                )
+        return None
+
+
+class _Known:
+    """The layers of the storage, for one question after the other."""
+
+    def __init__(self, store: Store) -> None:
+        self._on: dict[str, list[Layer]] = {}
+        self._content: dict[Digest, list[Layer]] = {}
+        for layer in store.layers():
+            self._on.setdefault(layer.parent, []).append(layer)
+            if layer.record.diff_digest is not None:
+                self._content.setdefault(layer.record.diff_digest, []).append(layer)
+
+    def on(self, parent: str) -> list[Layer]:
+        """The layers directly on ``parent``."""
+        return self._on.get(parent, [])
+
+    def with_content(self, diff_id: Digest) -> Layer | None:
+        """A layer whose content was checked against ``diff_id``."""
+        for layer in self._content.get(diff_id, []):
+            if proven_diff_id(layer.record, lazy=layer.is_lazy) == diff_id:
+                return layer
+        return None
+
+
+def _twin(wanted: WantedLayer, below: list[_Done]) -> Layer | None:
+    for done in below:
+        layer = done.layer
+        if proven_diff_id(layer.record, lazy=layer.is_lazy) == wanted.diff_id:
+            return layer
+    return None
+
+
+def _first(running: list[Future[FetchedLayer]], wanted: Future[FetchedLayer]) -> None:
+    """Wait for one layer, or for the failure of any."""
+    while not wanted.done():
+        pending = [future for future in running if not future.done()]
+        wait(pending, return_when=FIRST_COMPLETED)
+        for future in running:
+            if future.done() and not future.cancelled() and future.exception() is not None:
+                future.result()
