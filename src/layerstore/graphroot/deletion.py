@@ -12,16 +12,17 @@ Source: containers/storage, store.go ("DeleteImage", "DeleteLayer").
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from layerstore.errors import InUse, LayerstoreError, UnknownObject
+from layerstore.errors import InUse, UnknownObject
 from layerstore.graphroot.containers import ContainerArea
 from layerstore.graphroot.images import Image, ImageArea, with_names
 from layerstore.graphroot.layers import LayerArea
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
+from layerstore.graphroot.usage import parents
 
 if TYPE_CHECKING:
     from layerstore.graphroot.store import Store
@@ -29,11 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What a removal did: names taken away, the id of a deleted image, ids of deleted layers."""
+    """What a removal did.
+
+    Names taken away, the id of the deleted image, ids of deleted layers, ids of
+    nameless images that went because only this one was built from them.
+    """
 
     untagged: tuple[str, ...] = ()
     deleted_image: str | None = None
     deleted_layers: tuple[str, ...] = ()
+    deleted_parents: tuple[str, ...] = ()
 
 
 def layers_to_delete(
@@ -80,7 +86,8 @@ def remove_image(
     image_id: str,
     name: str,
     *,
-    force: bool,
+    force: bool = False,
+    only_nameless: bool = False,
 ) -> Removed:
     """Untag or delete an image of this graph root that was called ``name`` ("": by id)."""
     with (
@@ -91,6 +98,8 @@ def remove_image(
         record = images.get(image_id)
         if record is None or (name and name not in record.names):
             raise UnknownObject("no such image any more", subject=name or image_id)
+        if only_nameless and record.names:
+            raise InUse(f"the image is called {record.names[0]}", subject=image_id)
         if len(record.names) > 1 and name:
             left = [other for other in record.names if other != name]
             images.put(with_names(record, left))
@@ -141,72 +150,55 @@ def delete_layer(
         layers.delete([layer_id])
 
 
+def remove_with_parents(
+    store: Store, images: Sequence[Image], image: Image, name: str, *, force: bool
+) -> Removed:
+    """``remove_image``, then the nameless images that only the deleted one was built from."""
+    above = parents(images) if not all(other.names for other in images) else {}
+    areas = store.layer_area, store.image_area, store.container_area
+    removed = remove_image(*areas, image.id, name, force=force)
+    child = removed.deleted_image
+    while child is not None:
+        parent = above.pop(child, None)
+        if parent is None or parent in above.values():
+            break
+        try:
+            more = remove_image(*areas, parent, "", only_nameless=True)
+        except (InUse, UnknownObject):
+            break
+        removed = replace(
+            removed,
+            deleted_layers=removed.deleted_layers + more.deleted_layers,
+            deleted_parents=(*removed.deleted_parents, parent),
+        )
+        child = parent
+    return removed
+
+
 def prune(store: Store, *, all_images: bool) -> list[Removed]:
     """Delete what ``Store.prune`` promises; one image after the other, each under the locks."""
     removed: list[Removed] = []
-    stuck: set[str] = set()
+    tried: set[str] = set()
     while True:
         own = [image for image in store.images() if not image.read_only]
         used = {container.image_id for container in store.containers()}
-        parents = frozenset() if all_images else _parents(store, own)
-        found = [
-            image
-            for image in own
-            if image.id not in used | stuck | parents and (all_images or not image.names)
-        ]
+        kept = used | tried
+        if not all_images:
+            kept |= {image.id for image in own if image.names} | set(parents(own).values())
+        found = [image.id for image in own if image.id not in kept]
         if not found:
             return removed
         for image in found:
-            stuck.add(image.id)
-            try:
+            tried.add(image)
+            with contextlib.suppress(InUse, UnknownObject):  # somebody was faster
                 removed.append(
                     remove_image(
                         store.layer_area,
                         store.image_area,
                         store.container_area,
-                        image.id,
+                        image,
                         "",
                         force=all_images,
+                        only_nameless=not all_images,
                     )
                 )
-            except (InUse, UnknownObject):
-                continue  # somebody was faster
-
-
-def _parents(store: Store, images: Sequence[Image]) -> frozenset[str]:
-    """The images on which others were built: their layers and their history go on there."""
-    parent_of = {layer.id: layer.parent for layer in store.layers()}
-    by_top: dict[str, list[Image]] = {}
-    for image in images:
-        if image.top_layer:
-            by_top.setdefault(image.top_layer, []).append(image)
-    found: set[str] = set()
-    for image in images:
-        below = parent_of.get(image.top_layer, "")
-        seen: set[str] = set()
-        while below and below not in seen:
-            seen.add(below)
-            found.update(other.id for other in by_top.get(below, ()))
-            below = parent_of.get(below, "")
-    for siblings in by_top.values():
-        if len(siblings) > 1:
-            found |= _by_history(siblings)
-    return frozenset(found)
-
-
-def _by_history(siblings: Collection[Image]) -> set[str]:
-    histories = {image.id: _history(image) for image in siblings}
-    return {
-        shorter
-        for shorter, steps in histories.items()
-        for longer in histories.values()
-        if steps and len(steps) < len(longer) and longer[: len(steps)] == steps
-    }
-
-
-def _history(image: Image) -> list[Any]:
-    try:
-        history = json.loads(image.config()).get("history")
-    except (LayerstoreError, ValueError, AttributeError):
-        return []
-    return history if isinstance(history, list) else []

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from layerstore.errors import (
     CorruptStorage,
+    InUse,
     InvalidManifest,
     InvalidReference,
     UnknownObject,
@@ -32,7 +33,7 @@ from layerstore.errors import (
 )
 from layerstore.graphroot import bigdata
 from layerstore.graphroot.overlay import checked_component
-from layerstore.graphroot.records import ImageRecord, dumps
+from layerstore.graphroot.records import ZERO_TIME, ImageRecord, dumps, parse_time, time_text
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.table import Table
 from layerstore.image import Digest, ImageConfig, Index, Manifest, Reference, parse_config
@@ -166,6 +167,20 @@ def check_documents(manifest: bytes, manifest_type: str, config: bytes) -> None:
     if isinstance(parsed, Index):
         raise InvalidManifest("the manifest of an image is an index")
     parsed.config.digest.verify(config, subject="config of the image")
+
+
+def check_replaceable(old: ImageRecord, layer: str, digest: Digest, replace: bool) -> None:
+    """Raise ``InUse`` if ``old`` is another image than this one; see ``Store.put_image``."""
+    if old.layer != layer:
+        raise InUse("an image of this id has another top layer", subject=old.id)
+    if old.digest != digest and not replace:
+        raise InUse(f"an image of this id has another manifest, {old.digest}", subject=old.id)
+
+
+def creation_time(text: str) -> str:
+    """What a config says about its time of creation, as a record wants it."""
+    moment = parse_time(text)
+    return ZERO_TIME if moment is None else time_text(moment)
 
 
 def signature_items(

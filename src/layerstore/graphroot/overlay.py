@@ -23,13 +23,14 @@ Source: containers/storage, drivers/overlay/overlay.go ("create", "getLower",
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -80,6 +81,16 @@ class Overlay:
         """Make the directories that every overlay has."""
         self.home.mkdir(0o700, exist_ok=True)
         (self.home / _LINKS).mkdir(0o755, exist_ok=True)
+
+    def sync(self) -> None:
+        """Write the whole file system to disk (the setting ``overlay.sync=filesystem``)."""
+        descriptor = os.open(self.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise StorageError(f"cannot be written to disk: {reason}", subject=str(self.home))
+        finally:
+            os.close(descriptor)
 
     @property
     def has_mount_program(self) -> bool:
@@ -332,18 +343,6 @@ def checked_component(name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise CorruptStorage("an id that is no file name", subject=repr(name[:160]))
     return name
-
-
-def free_orphans(overlay: Overlay, known: Iterable[str], bin_: TempDirectory) -> list[str]:
-    """Take away the directories of layers that no record knows; their ids.
-
-    ``layers.lock`` is held for writing, and ``known`` was read under it.
-    """
-    kept = set(known)
-    orphans = [layer for layer in overlay.layers() if layer not in kept]
-    for layer in orphans:
-        overlay.detach(layer, bin_)
-    return orphans
 
 
 def _link_target(layer: str) -> str:

@@ -20,6 +20,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import secrets
 import threading
@@ -29,6 +30,8 @@ from typing import Final, Self
 
 from layerstore.errors import StorageError
 from layerstore.graphroot.removal import remove_tree
+
+_log = logging.getLogger(__name__)
 
 TEMPDIRS: Final = "tempdirs"
 _LOCK: Final = "lock-"
@@ -86,13 +89,30 @@ class TempDirectory:
     def take(self, path: Path) -> None:
         """Move a file or directory of ``overlay/`` in here, to be removed at the end.
 
-        One that does not exist is no error.
+        One that does not exist is no error.  Raises ``StorageError``.
         """
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(self.directory / f"{next(self._numbers)}-{path.name}")
+        for _ in range(_ATTEMPTS):
+            target = self.directory / f"{next(self._numbers)}-{path.name}"
+            try:
+                path.rename(target)
+            except FileNotFoundError:
+                if not os.path.lexists(path):
+                    return
+                self._lost(target.parent)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot be moved away: {error.strerror}", subject=str(path)
+                ) from error
+            else:
+                return
+        raise StorageError("the temporary directory is removed again and again", subject=str(path))
 
     def close(self) -> None:
-        """Remove everything; a second call does nothing."""
+        """Remove everything; a second call does nothing.
+
+        What cannot be removed is left for others (``remove_stale``): nobody else's work
+        must fail for it.
+        """
         with self._guard:
             self._closed = True
             lock, self._lock = self._lock, None
@@ -100,11 +120,20 @@ class TempDirectory:
             return
         try:
             remove_tree(lock.directory)
+        except StorageError as error:
+            _log.warning("%s", error)
         finally:
             lock.remove()
             with contextlib.suppress(OSError):
                 # Old tools look for a layer in every directory of overlay/.
                 self._root.rmdir()
+
+    def _lost(self, directory: Path) -> None:
+        # Somebody collected it; the next use makes another.
+        with self._guard:
+            if self._lock is not None and self._lock.directory == directory:
+                self._lock.remove()
+                self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +167,8 @@ def remove_stale(root: Path) -> int:
         try:
             remove_tree(lock.directory)
             removed += 1
+        except StorageError as error:
+            _log.warning("%s", error)
         finally:
             lock.remove()
     if removed:

@@ -35,6 +35,8 @@ from layerstore.graphroot.images import (
     ImageEdit,
     check_documents,
     check_names,
+    check_replaceable,
+    creation_time,
     resolve,
     signature_items,
     with_names,
@@ -44,12 +46,9 @@ from layerstore.graphroot.lockfile import LockFile
 from layerstore.graphroot.overlay import RootAttributes
 from layerstore.graphroot.records import (
     EXPECTED_DIFF_ID,
-    ZERO_TIME,
     ImageRecord,
     LayerRecord,
     now,
-    parse_time,
-    time_text,
 )
 from layerstore.graphroot.stage import DIFF, TAR_SPLIT, StagedLayer
 from layerstore.graphroot.staging import Staging, TempDirectory, remove_stale
@@ -276,6 +275,8 @@ class Store:
         self._want_writable()
         # Asked for before the lock is taken: it may be a layer store that answers.
         attributes = self._root_attributes(record.parent)
+        if self.config.sync == "filesystem":
+            self.layer_area.overlay.sync()
         with self.layer_area.editing() as edit:
             known = {layer.id: layer for layer in self._foreign_layers()}
             known |= {kept.id: Layer(kept, self.layer_area) for kept in edit.records}
@@ -380,10 +381,10 @@ class Store:
             if old is None:
                 edit.clear_directory(image_id)
                 old = ImageRecord(
-                    id=image_id, layer=layer, created=_time(created), metadata=metadata
+                    id=image_id, layer=layer, created=creation_time(created), metadata=metadata
                 )
             else:
-                _check_replaceable(old, layer, digest, replace)
+                check_replaceable(old, layer, digest, replace)
                 if metadata != NO_SIGNATURES or old.digest != digest:
                     old = dataclasses.replace(old, metadata=metadata)
             record = dataclasses.replace(edit.write(old, items), digest=digest)
@@ -486,18 +487,6 @@ def _find(things: Sequence[_Found], text: str, kind: str) -> _Found:
 
 def _no_layer(layer: str) -> UnknownObject:
     return UnknownObject("the layer does not exist, or no more", subject=layer)
-
-
-def _check_replaceable(old: ImageRecord, layer: str, digest: Digest, replace: bool) -> None:
-    if old.layer != layer:
-        raise InUse("an image of this id has another top layer", subject=old.id)
-    if old.digest != digest and not replace:
-        raise InUse(f"an image of this id has another manifest, {old.digest}", subject=old.id)
-
-
-def _time(text: str) -> str:
-    moment = parse_time(text)
-    return ZERO_TIME if moment is None else time_text(moment)
 
 
 def _refuse_other_driver(graph_root: Path) -> None:
