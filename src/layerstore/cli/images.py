@@ -234,21 +234,18 @@ def rmi(
     ignore: Annotated[
         bool, switch("An image that does not exist is no error.", "--ignore", "-i")
     ] = False,
-    no_prune: Annotated[
-        bool, switch("Leave the dangling images that these were made from.")
-    ] = False,
     quiet: Quiet = False,
     json: Json = False,
     storage: StorageFlags = STORAGE,
 ) -> None:
     """Remove images, or names of images that have several.
 
-    An image that a container uses stays: `podman rm` removes containers.
+    With an image go the dangling images that only this one was made from.  An image that a container uses stays: `podman rm` removes containers.
     """
     if bool(images) == all_images:
         said = "image name or ID must be specified" if not images else "either images or --all"
         raise UsageError(said)
-    removal = ImageRemoval(storage.open(), prune=not no_prune)
+    removal = ImageRemoval(storage.open())
     if all_images:
         removal.remove_all()
     else:

@@ -1,10 +1,8 @@
 """What ``rmi`` and ``prune`` do beyond one image.
 
-* With an image go the dangling images it was made from, if nothing else was made from them: they
-  were steps of its building.
-* A layer of no image and no container is left over from a pull that failed, or from an image
-  that was removed without it.  But it may also belong to an image that somebody is pulling or
-  building at this moment, whose record comes last; so young ones stay.
+A layer of no image and no container is left over from a pull that failed, or from an image that
+was removed without it.  But it may also belong to an image that somebody is pulling or building
+at this moment, whose record comes last; so young ones stay.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from layerstore import limits
 from layerstore.errors import InUse, LayerstoreError, UnknownObject
-from layerstore.graphroot import usage
 from layerstore.graphroot.records import parse_time
 
 if TYPE_CHECKING:
@@ -28,32 +25,31 @@ if TYPE_CHECKING:
 class ImageRemoval:
     """Removes images one after the other and notes what became of each.
 
-    ``untagged`` are names, ``deleted`` ids of images, in the order in which they went.  With
-    ``prune`` the dangling images that an image was made from go with it.
+    ``untagged`` are names, ``deleted`` ids of images, in the order in which they went.
     """
 
-    def __init__(self, store: Store, *, prune: bool = True) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._prune = prune
         self.untagged: list[str] = []
         self.deleted: list[str] = []
         self.errors: list[LayerstoreError] = []
 
     def remove(self, text: str, *, force: bool = False, ignore: bool = False) -> None:
-        """Remove the image, or the name of several, that ``text`` means; notes errors.
+        """Remove the image, or the one name of several, that ``text`` means; notes errors.
 
         An image that does not exist is no error with ``ignore``.
         """
         try:
-            above = self._parents()
-            image = self._store.image(text)
-            if self._remove(text, force=force):
-                self._remove_ancestors(image.id, above)
+            removed = self._store.remove_image(text, force=force)
         except UnknownObject as error:
             if not ignore:
                 self.errors.append(error)
         except LayerstoreError as error:
             self.errors.append(error)
+        else:
+            self.untagged += removed.untagged
+            if removed.deleted_image is not None:
+                self.deleted += [removed.deleted_image, *removed.deleted_parents]
 
     def remove_all(self) -> None:
         """Remove every image of the graph root itself, by all its names."""
@@ -61,34 +57,6 @@ class ImageRemoval:
             if not image.read_only:
                 # One that went with another is not there any more.
                 self.remove(image.id, force=True, ignore=True)
-
-    def _parents(self) -> dict[str, str]:
-        images = self._store.images()
-        if not self._prune or all(image.names for image in images):
-            return {}
-        return usage.parents(images)
-
-    def _remove(self, text: str, *, force: bool) -> bool:
-        removed = self._store.remove_image(text, force=force)
-        self.untagged += removed.untagged
-        if removed.deleted_image is None:
-            return False
-        self.deleted.append(removed.deleted_image)
-        return True
-
-    def _remove_ancestors(self, child: str, above: dict[str, str]) -> None:
-        while (parent := above.pop(child, None)) is not None:
-            known = {image.id: image for image in self._store.images()}
-            image = known.get(parent)
-            if image is None or image.names or image.read_only:
-                return
-            if any(other in known for other, origin in above.items() if origin == parent):
-                return
-            try:
-                self._remove(parent, force=False)
-            except (InUse, UnknownObject):
-                return
-            child = parent
 
 
 @dataclass
@@ -117,8 +85,9 @@ def prune(
     for removed in store.prune(all_images=all_images):
         result.untagged += removed.untagged
         if removed.deleted_image is not None:
-            result.images.append(removed.deleted_image)
-            result.reclaimed += _documents_size(images.get(removed.deleted_image))
+            gone = (removed.deleted_image, *removed.deleted_parents)
+            result.images += gone
+            result.reclaimed += sum(_documents_size(images.get(image)) for image in gone)
         result.layers += removed.deleted_layers
     newest = (time.time() - grace_seconds) * 1e9
     for layer in list(_unused(store)):
