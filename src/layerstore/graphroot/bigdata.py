@@ -27,7 +27,7 @@ from layerstore.image import Digest
 MANIFEST: Final = "manifest"
 
 # The last character is not looked at: a slip of containers/storage that is now the format.
-_PLAIN: Final = re.compile(r"[0-9a-z.]*[\x00-\x7f]", re.DOTALL)
+_PLAIN: Final = re.compile(r"[0-9a-z.]*.", re.DOTALL)
 
 Owner = TypeVar("Owner", ImageRecord, ContainerRecord)
 
@@ -37,9 +37,18 @@ def file_name(key: str) -> str:
 
     Raises ``UsageError`` for a key that gives no file name; no tool could store it either.
     """
-    data = key.encode("utf-8", "surrogateescape")
+    try:
+        data = key.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = b""
     name = key if _PLAIN.fullmatch(key) else f"={base64.b64encode(data).decode()}"
-    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > limits.NAME_BYTES:
+    if (
+        not data
+        or name in (".", "..")
+        or "/" in name
+        or "\0" in name
+        or len(os.fsencode(name)) > limits.NAME_BYTES
+    ):
         raise UsageError("cannot be the name of a big data item", subject=repr(key))
     return name
 
