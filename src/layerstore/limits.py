@@ -128,6 +128,10 @@ UNUSED_LAYER_SECONDS: Final = 3600.0  # a younger layer may belong to a pull tha
 LAYER_STORE_SECONDS: Final = RESOLVE_ANSWER_SECONDS + 3.0  # a store has for one lookup
 REPAIR_WAYS: Final = 64  # chains of ids followed at once when layer records are made again
 ORPHAN_SECONDS: Final = 3600.0  # a layer may be in the memory of its puller so long
+REPAIR_QUIET_SECONDS: Final = 0.5  # without a release, before records are looked through
+REPAIR_PATIENCE_SECONDS: Final = 10.0  # at most, while releases go on
+REPAIR_END_SECONDS: Final = 5.0
+REPAIR_COMPLAINTS: Final = 1024  # images whose failure is remembered
 
 # -- copying -----------------------------------------------------------------------
 PULL_PARALLEL: Final = 6  # layers of an image under way at once, as containers/image

@@ -9,6 +9,7 @@ from typing import Final, Self
 from layerstore import limits
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
 from layerstore.errors import NetworkError, RegistryError, UsageError
+from layerstore.formats import Compression
 from layerstore.image import Digest, Reference
 from layerstore.registry import BlobReader, FetchedManifest, RegistryClient
 
@@ -16,13 +17,27 @@ _WORTH_BYTES: Final = 1 << 20
 
 
 class RegistryImage(ImageSource, ImageDestination):
-    """Source and destination in one; closing it leaves the client to its owner."""
+    """Source and destination in one.
+
+    ``owned`` says that closing this closes the client, ``untagged`` that what is put gets no
+    tag, only its digest.
+    """
 
     transport = "docker"
+    layer_form = Compression.GZIP
 
-    def __init__(self, client: RegistryClient, reference: Reference) -> None:
+    def __init__(
+        self,
+        client: RegistryClient,
+        reference: Reference,
+        *,
+        owned: bool = False,
+        untagged: bool = False,
+    ) -> None:
         self._client = client
         self._reference = reference
+        self._owned = owned
+        self._untagged = untagged
 
     @property
     def reference(self) -> Reference:
@@ -59,9 +74,16 @@ class RegistryImage(ImageSource, ImageDestination):
             return reader.read(length)
 
     def close(self) -> None:
-        """The client is closed by its owner."""
+        """See ``ImageSource`` and ``ImageDestination``."""
+        if self._owned:
+            self._client.close()
 
     # -- destination --------------------------------------------------------------
+
+    @property
+    def digest(self) -> Digest | None:
+        """See ``ImageDestination``."""
+        return self._reference.digest
 
     def has_blob(self, digest: Digest, size: int) -> bool:
         """See ``ImageDestination``."""
@@ -82,7 +104,8 @@ class RegistryImage(ImageSource, ImageDestination):
 
     def put_manifest(self, raw: bytes, media_type: str, *, top: bool) -> None:
         """See ``ImageDestination``."""
-        reference = self.reference if top else self.reference.with_digest(Digest.of(raw))
+        named = top and not self._untagged
+        reference = self.reference if named else self.reference.with_digest(Digest.of(raw))
         self._client.put_manifest(reference, raw, media_type)
 
 

@@ -2,33 +2,32 @@
 
 ``index.json`` names manifests by the annotation ``org.opencontainers.image.ref.name``;
 everything else lies in ``blobs/ALGORITHM/HEX`` (OCI image specification,
-image-layout.md).
+image-layout.md).  What stands for the name may also be ``@N``, the N-th entry of
+``index.json`` from 0.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from layerstore import limits
+from layerstore.copy.localfiles import Directory, FileSet, LocalFile, publish
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
-from layerstore.errors import (
-    InvalidManifest,
-    LimitExceeded,
-    NotFound,
-    StorageError,
-    UsageError,
-)
-from layerstore.image import Digest, media_types, parse_manifest
+from layerstore.errors import InvalidManifest, LimitExceeded, NotFound, UsageError
+from layerstore.formats import Compression
+from layerstore.image import Digest, Reference, media_types, parse_manifest
 from layerstore.registry import FetchedManifest
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
-_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+CONTAINERD_NAME: Final = "io.containerd.image.name"
+LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+_NUMBERED: Final = re.compile(r"@([0-9]{1,6})")
 _EMPTY: Final[dict[str, Any]] = {
     "schemaVersion": 2,
     "mediaType": media_types.OCI_INDEX,
@@ -36,32 +35,58 @@ _EMPTY: Final[dict[str, Any]] = {
 }
 
 
-def parse_name(text: str) -> tuple[Path, str | None]:
-    """Read ``DIRECTORY[:TAG]``; the first colon parts the two, as in containers/image."""
-    directory, colon, tag = text.partition(":")
-    if not directory or (colon and not tag):
-        raise UsageError("an OCI layout is oci:DIRECTORY[:TAG]", subject=f"oci:{text}")
-    return Path(directory), tag or None
+def parse_name(text: str, transport: str = "oci") -> tuple[Path, str | None]:
+    """Read ``PATH[:TAG]``; the first colon parts the two, as in containers/image."""
+    path, colon, tag = text.partition(":")
+    if not path or (colon and not tag):
+        what = "DIRECTORY" if transport == "oci" else "FILE"
+        raise UsageError(f"the form is {transport}:{what}[:TAG]", subject=f"{transport}:{text}")
+    return Path(path), tag or None
 
 
-class OciLayout(ImageSource, ImageDestination):
-    """Source and destination in one; ``tag`` None is the only image of the layout."""
+def require_tag(tag: str | None) -> None:
+    """Refuse ``@N`` where an image is written."""
+    if tag is not None and tag.startswith("@"):
+        raise UsageError("a number chooses from images that are there", subject=tag)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutEntry:
+    """One entry of ``index.json``; ``name`` is the text that an image tool gave it."""
+
+    digest: Digest
+    media_type: str
+    name: str | None
+
+
+class OciReader(ImageSource):
+    """The image ``tag`` of a layout; None is the only one."""
 
     transport = "oci"
 
-    def __init__(self, directory: Path, tag: str | None) -> None:
-        self._directory = directory
+    def __init__(self, files: FileSet, place: Path, tag: str | None) -> None:
+        """``place`` is the directory or archive, for messages and policy.json."""
+        self._files = files
+        self._place = place
         self._tag = tag
-        self._name = f"oci:{directory}" + (f":{tag}" if tag else "")
-        self._lock = threading.Lock()
+        self._name = f"{self.transport}:{place}" + (f":{tag}" if tag else "")
 
-    # -- source -------------------------------------------------------------------
+    @property
+    def identity(self) -> Reference | str:
+        """See ``ImageSource``: the resolved path and the tag."""
+        path = os.path.realpath(self._place)
+        return f"{path}:{self._tag}" if self._tag else path
+
+    def entries(self) -> tuple[LayoutEntry, ...]:
+        """The images of the layout, in order."""
+        return tuple(map(self._entry, self._read_index()["manifests"]))
 
     def manifest(self, digest: Digest | None = None) -> FetchedManifest:
         """See ``ImageSource``; raises ``NotFound`` for a tag that is not there."""
         media_type = ""
         if digest is None:
-            digest, media_type = self._named()
+            entry = self._named()
+            digest, media_type = entry.digest, entry.media_type
         raw = self.blob(digest, limits.MANIFEST_BYTES)
         return FetchedManifest(raw, media_type or parse_manifest(raw).media_type, digest)
 
@@ -74,7 +99,7 @@ class OciLayout(ImageSource, ImageDestination):
         digest.verify(raw, subject=self._name)
         return raw
 
-    def open_blob(self, digest: Digest, size: int) -> _File:
+    def open_blob(self, digest: Digest, size: int) -> LocalFile:
         """See ``ImageSource``; a wrong size shows when the blob is verified."""
         return self._open(digest)
 
@@ -84,9 +109,58 @@ class OciLayout(ImageSource, ImageDestination):
             return file.at(offset, length)
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """See ``ImageSource``."""
+        self._files.close()
 
-    # -- destination --------------------------------------------------------------
+    def _open(self, digest: Digest) -> LocalFile:
+        try:
+            return self._files.open(blob_name(digest))
+        except NotFound:
+            raise NotFound("the layout lacks this blob", subject=f"{self._name}@{digest}") from None
+
+    def _named(self) -> LayoutEntry:
+        entries = self._read_index()["manifests"]
+        if self._tag is not None:
+            number = _NUMBERED.fullmatch(self._tag)
+            if number is not None:
+                entries = entries[int(number[1]) :][:1]
+            else:
+                entries = [entry for entry in entries if ref_name(entry) == self._tag]
+        if not entries:
+            raise NotFound("no such image in the layout", subject=self._name)
+        if len(entries) > 1:
+            raise UsageError("the layout holds several images: name a tag", subject=self._name)
+        return self._entry(entries[0])
+
+    def _entry(self, entry: dict[str, Any]) -> LayoutEntry:
+        try:
+            media_type = entry["mediaType"]
+            if not isinstance(media_type, str):
+                raise TypeError
+            name = (entry.get("annotations") or {}).get(CONTAINERD_NAME) or ref_name(entry)
+            return LayoutEntry(Digest.parse(entry["digest"]), media_type, name)
+        except (KeyError, TypeError):
+            raise InvalidManifest("index.json is malformed", subject=self._name) from None
+
+    def _read_index(self) -> dict[str, Any]:
+        try:
+            raw = self._files.read("index.json", limits.MANIFEST_BYTES)
+        except NotFound:
+            raise NotFound("no OCI layout: index.json is missing", subject=self._name) from None
+        return load_index(raw)
+
+
+class OciLayout(OciReader, ImageDestination):
+    """A layout in a directory, source and destination in one."""
+
+    manifest_types = (media_types.OCI_MANIFEST, media_types.OCI_INDEX)
+    layer_form = Compression.GZIP
+
+    def __init__(self, directory: Path, tag: str | None) -> None:
+        name = f"oci:{directory}"
+        super().__init__(Directory(directory, name), directory, tag)
+        self._directory = directory
+        self._lock = threading.Lock()
 
     def has_blob(self, digest: Digest, size: int) -> bool:
         """See ``ImageDestination``: a file of that size, written whole by its rename."""
@@ -95,135 +169,68 @@ class OciLayout(ImageSource, ImageDestination):
         except OSError:
             return False
 
-    def take_over(self, source: ImageSource, digest: Digest) -> bool:
-        """Link a blob of another layout on the same file system? No: it must be verified."""
-        return False
-
     def put_blob(self, digest: Digest, pieces: Pieces, size: int) -> None:
         """See ``ImageDestination``; raises ``StorageError``."""
-        self._publish(self._blob_path(digest), pieces)
+        publish(self._blob_path(digest), pieces, self._name)
 
     def put_manifest(self, raw: bytes, media_type: str, *, top: bool) -> None:
         """See ``ImageDestination``."""
-        digest = Digest.of(raw)
-        self._publish(self._blob_path(digest), lambda: (raw,))
+        publish(self._blob_path(Digest.of(raw)), lambda: (raw,), self._name)
         if not top:
             return
         with self._lock:
-            index = self._read_index() if self._index_path.exists() else dict(_EMPTY)
-            entry: dict[str, Any] = {
-                "mediaType": media_type,
-                "digest": str(digest),
-                "size": len(raw),
-            }
-            if self._tag is not None:
-                entry["annotations"] = {REF_NAME: self._tag}
+            path = self._directory / "index.json"
+            index = self._read_index() if path.exists() else dict(_EMPTY)
             index["manifests"] = [
-                other for other in index["manifests"] if _ref_name(other) != self._tag
-            ] + [entry]
+                other for other in index["manifests"] if ref_name(other) != self._tag
+            ] + [index_entry(raw, media_type, self._tag)]
             marker = self._directory / "oci-layout"
             if not marker.exists():
-                self._publish(marker, lambda: (_LAYOUT,))
-            encoded = json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()
-            self._publish(self._index_path, lambda: (encoded,))
-
-    # -- files --------------------------------------------------------------------
-
-    @property
-    def _index_path(self) -> Path:
-        return self._directory / "index.json"
+                publish(marker, lambda: (LAYOUT,), self._name)
+            encoded = encode_index(index)
+            publish(path, lambda: (encoded,), self._name)
 
     def _blob_path(self, digest: Digest) -> Path:
-        return self._directory / "blobs" / digest.algorithm / digest.hex
-
-    def _open(self, digest: Digest) -> _File:
-        try:
-            return _File(self._blob_path(digest))
-        except FileNotFoundError:
-            raise NotFound("the layout lacks this blob", subject=f"{self._name}@{digest}") from None
-        except OSError as error:
-            raise StorageError(_said(error), subject=self._name) from error
-
-    def _named(self) -> tuple[Digest, str]:
-        entries = self._read_index()["manifests"]
-        if self._tag is not None:
-            entries = [entry for entry in entries if _ref_name(entry) == self._tag]
-        if not entries:
-            raise NotFound("no such image in the layout", subject=self._name)
-        if len(entries) > 1:
-            raise UsageError("the layout holds several images: name a tag", subject=self._name)
-        try:
-            media_type = entries[0]["mediaType"]
-            if not isinstance(media_type, str):
-                raise TypeError
-            return Digest.parse(entries[0]["digest"]), media_type
-        except (KeyError, TypeError):
-            raise InvalidManifest("index.json is malformed", subject=self._name) from None
-
-    def _read_index(self) -> dict[str, Any]:
-        try:
-            with self._index_path.open("rb") as file:
-                raw = file.read(limits.MANIFEST_BYTES + 1)
-        except FileNotFoundError:
-            raise NotFound("no OCI layout: index.json is missing", subject=self._name) from None
-        except OSError as error:
-            raise StorageError(_said(error), subject=self._name) from error
-        parse_manifest(raw, media_types.OCI_INDEX)
-        index = json.loads(raw)
-        index.setdefault("manifests", [])
-        assert isinstance(index, dict)
-        return index
-
-    def _publish(self, path: Path, pieces: Pieces) -> None:
-        """Write a file that is whole whenever it is there."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-                try:
-                    for piece in pieces():
-                        file.write(piece)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.fchmod(file.fileno(), 0o644)
-                    os.rename(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
-        except OSError as error:
-            raise StorageError(_said(error), subject=self._name) from error
+        return self._directory / blob_name(digest)
 
 
-class _File:
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._path = path
-
-    def read(self, n: int, /) -> bytes:
-        try:
-            return self._file.read(n)
-        except OSError as error:
-            raise StorageError(_said(error), subject=str(self._path)) from error
-
-    def at(self, offset: int, length: int) -> bytes:
-        self._file.seek(offset)
-        return self.read(length)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
+def blob_name(digest: Digest) -> str:
+    """Where a blob lies in a layout."""
+    return f"blobs/{digest.algorithm}/{digest.hex}"
 
 
-def _ref_name(entry: dict[str, Any]) -> str | None:
+def ref_name(entry: dict[str, Any]) -> str | None:
+    """The name that an entry of ``index.json`` has."""
     name = (entry.get("annotations") or {}).get(REF_NAME)
     return name if isinstance(name, str) else None
 
 
-def _said(error: OSError) -> str:
-    return error.strerror or str(error)
+def index_entry(raw: bytes, media_type: str, tag: str | None) -> dict[str, Any]:
+    """An entry of ``index.json`` for a manifest."""
+    entry: dict[str, Any] = {
+        "mediaType": media_type,
+        "digest": str(Digest.of(raw)),
+        "size": len(raw),
+    }
+    if tag is not None:
+        entry["annotations"] = {REF_NAME: tag}
+    return entry
+
+
+def new_index(*entries: dict[str, Any]) -> bytes:
+    """The bytes of an ``index.json`` with these entries only."""
+    return encode_index(_EMPTY | {"manifests": list(entries)})
+
+
+def load_index(raw: bytes) -> dict[str, Any]:
+    """Read ``index.json``, keeping what we do not know; raises ``InvalidManifest``."""
+    parse_manifest(raw, media_types.OCI_INDEX)
+    index = json.loads(raw)
+    index.setdefault("manifests", [])
+    assert isinstance(index, dict)
+    return index
+
+
+def encode_index(index: dict[str, Any]) -> bytes:
+    """The bytes of an ``index.json``."""
+    return json.dumps(index, ensure_ascii=False, separators=(",", ":")).encode()

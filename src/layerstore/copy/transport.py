@@ -130,6 +130,10 @@ class ImageDestination(ABC):
     def has_blob(self, digest: Digest, size: int) -> bool:
         """Whether the blob need not be put."""
 
+    def known_size(self, digest: Digest) -> int | None:
+        """The size of a blob that was put before; None where that is not known."""
+        return None
+
     def take_over(self, source: ImageSource, digest: Digest) -> bool:
         """Try to take a blob from ``source`` without moving its bytes."""
         return False
