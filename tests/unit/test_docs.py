@@ -12,7 +12,7 @@ from layerstore import errors
 from layerstore.cli import app
 from layerstore.provider import refusal
 from layerstore.service import Config
-from layerstore.service.config import RegistryConfig
+from layerstore.service.config import RegistryConfig, RepairConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -38,8 +38,13 @@ def events() -> set[str]:
 
 def keys() -> list[str]:
     top = [field.encode_name for field in msgspec.structs.fields(Config)]
-    inner = [f"registry.{field.encode_name}" for field in msgspec.structs.fields(RegistryConfig)]
-    return [key for key in top if key != "registry"] + inner
+    tables = {"registry": RegistryConfig, "repair": RepairConfig}
+    inner = [
+        f"{name}.{field.encode_name}"
+        for name, table in tables.items()
+        for field in msgspec.structs.fields(table)
+    ]
+    return [key for key in top if key not in tables] + inner
 
 
 def test_every_reason_code_is_explained() -> None:

@@ -36,6 +36,7 @@ VERBS: Final = {
         "untag": "images:untag",
         "rmi": "images:rmi",
         "prune": "prune:prune",
+        "check": "check:app",
     },
 }
 """Group of verbs -> verb -> ``module:function`` below this package."""

@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -34,8 +34,10 @@ _DOTS: Final = 2  # cookies 1 and 2 are "." and ".."
 class StoreFilesystem(Operations):
     """File system operations over a `Store`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, released: Callable[[], None] | None = None) -> None:
+        """``released`` is told, from the loop, whenever a client lets go of a layer."""
         self._store = store
+        self._released = released or _nothing
         self._layers = store.layers
         self._reader = DeferredReader(store.layers)
         self._with_layer = self._reader.with_layer
@@ -416,7 +418,12 @@ class StoreFilesystem(Operations):
         view = self._store.known(reference, digest)
         if view is not None:
             self._store.release(view)
+        self._released()
         return errno.ENOENT
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _in_initial_user_namespace() -> bool:

@@ -25,6 +25,16 @@ class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     registries_conf: str | None = None
 
 
+class RepairConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether layer records that a client forgot are made again, and in which graph roots.
+
+    ``graph_roots`` None means the one of the machine's storage.conf.
+    """
+
+    enabled: bool = True
+    graph_roots: tuple[str, ...] | None = None
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file.  Paths are absolute."""
 
@@ -33,6 +43,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     background_fetch: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     registry: RegistryConfig = RegistryConfig()
+    repair: RepairConfig = RepairConfig()
 
 
 def load(path: Path | None) -> Config:
@@ -57,6 +68,7 @@ def load(path: Path | None) -> Config:
         ("root", config.root),
         ("registry.authfile", config.registry.authfile),
         ("registry.registries_conf", config.registry.registries_conf),
+        *(("repair.graph_roots", root) for root in config.repair.graph_roots or ()),
     ):
         if value is not None and not value.startswith("/"):
             raise ConfigError(f"{key} must be an absolute path", subject=str(path))

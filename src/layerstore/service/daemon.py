@@ -21,12 +21,14 @@ from types import FrameType
 from typing import Final
 
 from layerstore import __version__, fuse, limits
-from layerstore.errors import MountError, ServiceError, StorageError
+from layerstore.errors import ConfigError, MountError, ServiceError, StorageError
 from layerstore.fuse.layerstore_fs import StoreFilesystem
+from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.provider import Store, limit_arenas
 from layerstore.registry import RegistryClient, RegistrySettings
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
+from layerstore.service.recordrepair import RecordRepair
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +57,11 @@ def serve(mountpoint: Path, root: Path, config: Config) -> None:
         stack.callback(client.close)
         store = Store(root, client, prefetch=config.prefetch, background=config.background_fetch)
         stack.callback(store.close)
-        filesystem = StoreFilesystem(store)
+        repair = RecordRepair(_graph_roots(config))
+        stack.callback(repair.close)
+        filesystem = StoreFilesystem(store, released=repair.released)
         stack.callback(filesystem.close)
-        _run(mountpoint, root, store, filesystem, stack)
+        _run(mountpoint, root, store, filesystem, repair, stack)
     _log.info("event=stopped mountpoint=%s", mountpoint)
 
 
@@ -66,6 +70,7 @@ def _run(
     root: Path,
     store: Store,
     filesystem: StoreFilesystem,
+    repair: RecordRepair,
     stack: contextlib.ExitStack,
 ) -> None:
     descriptor = fuse.mount(mountpoint)
@@ -87,6 +92,7 @@ def _run(
             "root": str(root),
             "uptime_seconds": round(time.time() - started, 1),
             "read_errors": filesystem.read_errors,
+            "records_rebuilt": repair.rebuilt,
             "fuse": session.statistics(),
             **store.status(),
         }
@@ -104,6 +110,19 @@ def _run(
     _log.info("event=serving mountpoint=%s root=%s pid=%d", mountpoint, root, os.getpid())
     ended = session.run()
     _log.info("event=stopping reason=%s", ended.value)
+
+
+def _graph_roots(config: Config) -> tuple[Path, ...]:
+    """Where records are repaired; a storage.conf that makes no sense is for its users to tell."""
+    if not config.repair.enabled:
+        return ()
+    if config.repair.graph_roots is not None:
+        return tuple(map(Path, config.repair.graph_roots))
+    try:
+        return (StorageConfig.from_system().graph_root,)
+    except ConfigError as error:
+        _log.warning("event=no-graph-root error=%s", error)
+        return ()
 
 
 def _make_directories(mountpoint: Path, root: Path) -> None:

@@ -24,11 +24,13 @@ def test_every_documented_key_is_taken(tmp_path: Path):
     path.write_text(
         'root = "/srv/ls"\nprefetch = false\nbackground_fetch = false\nlog_level = "debug"\n'
         '[registry]\nauthfile = "/a.json"\nregistries_conf = "/r.conf"\n'
+        '[repair]\nenabled = false\ngraph_roots = ["/srv/root"]\n'
     )
     config = load(path)
     assert (config.root, config.prefetch, config.background_fetch) == ("/srv/ls", False, False)
     assert config.registry.authfile == "/a.json"
     assert config.registry.registries_conf == "/r.conf"
+    assert (config.repair.enabled, config.repair.graph_roots) == (False, ("/srv/root",))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ("[registry]\nauthfle = '/x'", "authfle"),
         ("root = ", "TOML"),
         ('[registry]\nauthfile = "x"', "absolute"),
+        ('[repair]\ngraph_roots = ["x"]', "absolute"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, says: str):

@@ -1,0 +1,119 @@
+"""Layer records that a client forgot, made again as soon as its pull is over.
+
+Podman >= 5.5 and CRI-O >= 1.33 never write the records of layers from additional layer
+stores (``graphroot.repair`` has the story).  A client lets go of its lookup handles at the
+end of a pull; a moment later the graph roots of the configuration are looked through, in a
+thread of its own, and what is missing is made again.  Where nothing is missing, that is a
+reading of two small files; where nothing was written since, not even that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from layerstore import limits
+from layerstore.errors import LayerstoreError
+
+if TYPE_CHECKING:
+    from layerstore.graphroot.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+class RecordRepair:
+    """Watches over ``graph_roots``; ``released`` may be called from any thread, and is quick."""
+
+    def __init__(
+        self, graph_roots: Sequence[Path], *, quiet_seconds: float = limits.REPAIR_QUIET_SECONDS
+    ) -> None:
+        self._roots: Final = tuple(graph_roots)
+        self._quiet = quiet_seconds
+        self._wanted = threading.Event()
+        self._closed = threading.Event()
+        self._failed: dict[str, str] = {}  # image -> what was said of it already
+        self.rebuilt = 0
+        """Layer records made again since the start."""
+        self._thread = threading.Thread(target=self._run, name="record-repair", daemon=True)
+        if self._roots:
+            self._thread.start()
+
+    def released(self) -> None:
+        """A client let go of a layer: perhaps the end of a pull."""
+        self._wanted.set()
+
+    def close(self) -> None:
+        """End the thread; what it is in the middle of is finished within a short time."""
+        self._closed.set()
+        self._wanted.set()
+        if self._thread.is_alive():
+            self._thread.join(limits.REPAIR_END_SECONDS)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._wanted.wait()
+            # All handles of a pull are released one after the other.
+            until = time.monotonic() + limits.REPAIR_PATIENCE_SECONDS
+            while self._wanted.is_set() and time.monotonic() < until:
+                self._wanted.clear()
+                if self._closed.wait(self._quiet):
+                    return
+            for root in self._roots:
+                self._look_through(root)
+
+    def _look_through(self, root: Path) -> None:
+        try:
+            self.rebuilt += self._repair(root)
+        except (LayerstoreError, OSError) as error:
+            self._complain(str(root), error)
+        except Exception:
+            _log.exception("event=record-repair-failed subject=%s", root)
+
+    def _repair(self, root: Path) -> int:
+        # Most services never come here: their memory is not to pay for it.
+        from layerstore.graphroot import repair  # noqa: PLC0415
+
+        store = _store(root)
+        if store is None:
+            return 0
+        count = 0
+        for image in repair.needs_rebuilding(store.images(), store.layer_areas):
+            try:
+                made = repair.rebuild_image(store.layer_areas, image)
+            except LayerstoreError as error:
+                self._complain(image.id, error)
+                continue
+            count += len(made)
+            if made:
+                _log.info(
+                    "event=records-rebuilt graph_root=%s image=%s layers=%d",
+                    root, image.id, len(made),
+                )  # fmt: skip
+        return count
+
+    def _complain(self, subject: str, error: Exception) -> None:
+        """Once for each thing that is said."""
+        if self._failed.get(subject) == str(error):
+            return
+        if len(self._failed) >= limits.REPAIR_COMPLAINTS:
+            self._failed.clear()
+        self._failed[subject] = str(error)
+        _log.warning("event=record-repair-failed subject=%s error=%s", subject, error)
+
+
+def _store(root: Path) -> Store | None:
+    """The graph root as it is; nothing is made where none is."""
+    from layerstore.graphroot.storageconf import StorageConfig  # noqa: PLC0415
+    from layerstore.graphroot.store import Store  # noqa: PLC0415
+
+    if not (root / "overlay-images" / "images.json").exists():
+        return None
+    configured = StorageConfig.from_system()
+    if configured.graph_root == root:
+        return Store(configured)
+    # Only the run root's mount counts are missing, and records need none.
+    return Store(StorageConfig(graph_root=root, run_root=root / "layerstore" / "no-run-root"))
