@@ -68,15 +68,15 @@ class Place:
         named = self.env.get("CONTAINERS_STORAGE_CONF")
         if named:
             files.append(Path(named))
-            merged = _load(files[0], required=True) or {}
+            merged = _merge({}, _load(files[0], required=True) or {})
         else:
             for directory in filter(None, (self.own, *reversed(self.system))):
                 content = _load(directory / "storage.conf")
                 if content is not None:
                     files.append(directory / "storage.conf")
-                    merged = content
+                    merged = _merge({}, content)
                     if self.rootless and directory != self.own:
-                        merged = _inherited(content)
+                        merged = _inherited(merged)
                     break
             for path in self._drop_ins():
                 content = _load(path)
@@ -210,7 +210,7 @@ def _load(path: Path, *, required: bool = False) -> dict[str, Any] | None:
     except StorageError as error:
         raise ConfigError(error.what, subject=str(path)) from error
     try:
-        return _merge({}, tomllib.loads(data.decode()))
+        return tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"is no TOML: {error}", subject=str(path)) from error
 
