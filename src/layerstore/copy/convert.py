@@ -16,14 +16,16 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from layerstore import limits
+from layerstore.copy.context import CopyContext
 from layerstore.copy.convertlayer import ConvertedLayer, LayerConverter, LayerProgress
-from layerstore.copy.docker import RegistryImage, destination_reference
-from layerstore.copy.ocilayout import OciLayout, parse_name
+from layerstore.copy.manifestedit import IMAGE_CONFIGS, encode
+from layerstore.copy.names import open_destination, open_source
 from layerstore.copy.transport import ImageDestination, ImageSource
 from layerstore.errors import InvalidManifest, NotFound, UnsupportedFormat, UsageError
 from layerstore.formats import EstargzOptions
@@ -33,16 +35,13 @@ from layerstore.image import (
     Index,
     Manifest,
     Platform,
-    Reference,
     media_types,
     parse_config,
     parse_manifest,
 )
-from layerstore.registry import FetchedManifest, RegistryClient, RegistrySettings
+from layerstore.registry import FetchedManifest, RegistrySettings
 
-_IMAGE_CONFIGS: Final = (media_types.OCI_CONFIG, media_types.DOCKER_CONFIG)
 _ATTESTATION: Final = "vnd.docker.reference.type"
-_NESTING: Final = 4  # indexes inside indexes
 
 Progress = Callable[[LayerProgress], None]
 
@@ -100,7 +99,7 @@ def convert(
 ) -> ConvertResult:
     """Convert the image ``src`` to eStargz and store it as ``dst``.
 
-    Both are ``docker://REFERENCE`` or ``oci:DIRECTORY[:TAG]``, and may be the same.
+    Both have a transport (see ``names``), and may be the same.
     ``progress`` is called from several threads, one call at a time.
 
     Raises ``UsageError`` for names, ``VerificationError`` when a blob or the tar stream in
@@ -108,14 +107,19 @@ def convert(
     destination's name is set last: after an error it stands for what it did before.
     """
     options = options or ConvertOptions()
-    clients: list[RegistryClient] = []
-    try:
-        source = _open(src, options.source_settings, clients, writing=False)
-        destination = _open(dst, options.destination_settings, clients, writing=True)
-        return convert_image(source, destination, options, progress)
-    finally:
-        for client in clients:
-            client.close()
+    ctx = CopyContext(
+        source_registry=options.source_settings,
+        destination_registry=options.destination_settings,
+        scratch=options.scratch,
+    )
+    with closing(open_source(src, ctx)) as source, closing(open_destination(dst, ctx)) as there:
+        if there.digest is not None:
+            raise UsageError("a destination is named by a tag, not by a digest", subject=dst)
+        if media_types.OCI_MANIFEST not in there.manifest_types:
+            raise UsageError("only places that take OCI images can hold eStargz", subject=dst)
+        result = convert_image(source, there, options, progress)
+        there.commit()
+    return result
 
 
 def convert_image(
@@ -149,24 +153,6 @@ def convert_image(
             layers.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _open(
-    name: str,
-    settings: RegistrySettings | None,
-    clients: list[RegistryClient],
-    *,
-    writing: bool,
-) -> RegistryImage | OciLayout:
-    transport, colon, rest = name.partition(":")
-    if transport == "oci" and colon:
-        return OciLayout(*parse_name(rest))
-    if transport == "docker" and rest.startswith("//"):
-        reference = destination_reference(rest[2:]) if writing else Reference.parse(rest[2:])
-        client = RegistryClient(settings or RegistrySettings.from_system())
-        clients.append(client)
-        return RegistryImage(client, reference)
-    raise UsageError("an image is named docker://REFERENCE or oci:DIRECTORY[:TAG]", subject=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +238,7 @@ class _Conversion:
         changed = {"mediaType": media_types.OCI_INDEX, "manifests": entries}
         if document == document | changed:
             return raw, media_types.OCI_INDEX
-        return _encode(document | changed), media_types.OCI_INDEX
+        return encode(document | changed), media_types.OCI_INDEX
 
     def _entry(self, entry: Descriptor) -> _Plan | None:
         """Read an entry of the index; None for one that is no image."""
@@ -260,13 +246,13 @@ class _Conversion:
             return None
         fetched = self._source.manifest(entry.digest)
         manifest = parse_manifest(fetched.raw, entry.media_type)
-        if isinstance(manifest, Index) or manifest.config.media_type not in _IMAGE_CONFIGS:
+        if isinstance(manifest, Index) or manifest.config.media_type not in IMAGE_CONFIGS:
             return None
         return self._plan(fetched, manifest, start=False)
 
     def _plan(self, fetched: FetchedManifest, manifest: Manifest, *, start: bool = True) -> _Plan:
         subject = f"manifest {fetched.digest}"
-        if manifest.config.media_type not in _IMAGE_CONFIGS:
+        if manifest.config.media_type not in IMAGE_CONFIGS:
             raise UnsupportedFormat(
                 f"no container image: its config is {manifest.config.media_type}", subject=subject
             )
@@ -301,7 +287,7 @@ class _Conversion:
         document = json.loads(config)
         if layers and document["rootfs"]["diff_ids"] != diff_ids:
             document["rootfs"]["diff_ids"] = diff_ids
-            config = _encode(document)
+            config = encode(document)
         config_digest = Digest.of(config)
         if not self._destination.has_blob(config_digest, len(config)):
             self._destination.put_blob(config_digest, lambda: (config,), len(config))
@@ -321,7 +307,7 @@ class _Conversion:
         if entry.media_type not in media_types.ALL_MANIFESTS:
             self._copy_blob(entry)
             return
-        if depth > _NESTING:
+        if depth > limits.INDEX_NESTING:
             raise InvalidManifest("indexes are nested too deeply", subject=str(entry.digest))
         fetched = self._source.manifest(entry.digest)
         document = parse_manifest(fetched.raw, entry.media_type)
@@ -354,7 +340,7 @@ def _manifest(
             _descriptor(old, layer) for old, layer in zip(document["layers"], layers, strict=True)
         ],
     }
-    return raw if document == document | changed else _encode(document | changed)
+    return raw if document == document | changed else encode(document | changed)
 
 
 def _descriptor(old: Mapping[str, Any], layer: ConvertedLayer) -> dict[str, Any]:
@@ -366,7 +352,3 @@ def _descriptor(old: Mapping[str, Any], layer: ConvertedLayer) -> dict[str, Any]
     if layer.annotations:
         new["annotations"] = layer.annotations
     return new
-
-
-def _encode(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

@@ -14,8 +14,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
+from layerstore.copy.manifestedit import Family, layer_kind, layer_type, stale
+from layerstore.copy.recompress import blob_pieces
 from layerstore.copy.transport import (
     PIECE_BYTES,
     HashedStream,
@@ -38,42 +40,9 @@ from layerstore.formats import (
     read_toc,
     write_estargz,
 )
+from layerstore.formats.compression import Readable
 from layerstore.image import Descriptor, Digest, media_types, toc_digest
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST
-
-_LAYER_TYPES: Final = frozenset(
-    (
-        media_types.OCI_LAYER,
-        media_types.OCI_LAYER_GZIP,
-        media_types.OCI_LAYER_ZSTD,
-        media_types.DOCKER_LAYER,
-        media_types.DOCKER_LAYER_GZIP,
-        media_types.DOCKER_LAYER_ZSTD,
-    )
-)
-_TO_OCI: Final = {
-    media_types.DOCKER_LAYER: media_types.OCI_LAYER,
-    media_types.DOCKER_LAYER_GZIP: media_types.OCI_LAYER_GZIP,
-    media_types.DOCKER_LAYER_ZSTD: media_types.OCI_LAYER_ZSTD,
-    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": (
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
-    ),
-}
-_NOT_DISTRIBUTED: Final = frozenset(
-    (
-        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
-        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
-    )
-)
-_STALE_PREFIXES: Final = (
-    "io.github.containers.zstd-chunked.",
-    "io.containers.zstd-chunked.",
-    "containerd.io/snapshot/remote/",
-    "containerd.io/snapshot/stargz/",
-    "io.containers.estargz.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +108,11 @@ class LayerConverter:
         of ``write_estargz``, all naming the layer.
         """
         try:
-            if layer.media_type in _NOT_DISTRIBUTED:
-                return _unchanged(layer, diff_id)
-            if layer.media_type not in _LAYER_TYPES:
+            kind = layer_kind(layer.media_type)
+            if kind is None:
                 raise UnsupportedFormat(f"layers of type {layer.media_type} are not converted")
+            if not kind.distributed:
+                return _unchanged(layer, diff_id)
             if not self._rebuild and self._is_estargz(layer):
                 self._copy(layer, diff_id)
                 return _unchanged(layer, diff_id)
@@ -158,18 +128,9 @@ class LayerConverter:
 
     def copy_blob(self, blob: Descriptor) -> None:
         """Move a blob that is no layer as it is, verified on the way."""
+        pieces = blob_pieces(self._source, blob, lambda _: self._check())
         try:
-            with tempfile.TemporaryDirectory(prefix="layerstore-", dir=self._scratch) as directory:
-                path = Path(directory, "blob")
-                with (
-                    path.open("wb") as file,
-                    self._source.open_blob(blob.digest, blob.size) as stream,
-                ):
-                    hashed = HashedStream(stream, blob.digest, lambda _: self._check())
-                    while data := hashed.read(PIECE_BYTES):
-                        file.write(data)
-                    hashed.verify(blob.size, f"blob {blob.digest}")
-                self._destination.put_blob(blob.digest, file_pieces(path), blob.size)
+            self._destination.put_blob(blob.digest, pieces, blob.size)
         except OSError as error:
             raise StorageError(
                 error.strerror or str(error), subject=f"blob {blob.digest}"
@@ -180,6 +141,8 @@ class LayerConverter:
         try:
             promised = toc_digest(layer.annotations)
             if promised is None or layer.size < FOOTER_BYTES:
+                return False
+            if not self._source.gives_blob(layer.digest):
                 return False
             read = self._source.read_range
             tail = read(layer.digest, layer.size, layer.size - FOOTER_BYTES, FOOTER_BYTES)
@@ -224,11 +187,7 @@ class LayerConverter:
             if not self._destination.has_blob(result.digest, result.size):
                 self._destination.put_blob(result.digest, file_pieces(blob_path), result.size)
         self._tell(layer, "done", result.size, result.size)
-        kept = {
-            key: value
-            for key, value in layer.annotations.items()
-            if not key.startswith(_STALE_PREFIXES)
-        }
+        kept = {key: value for key, value in layer.annotations.items() if not stale(key)}
         return ConvertedLayer(
             source=layer.digest,
             source_size=layer.size,
@@ -260,26 +219,23 @@ class LayerConverter:
             self._tell(layer, "fetch", min(fetched, layer.size))
 
         subject = f"layer {layer.digest}"
-        plain = hashlib.new(diff_id.algorithm)
-        length = 0
-        with self._source.open_blob(layer.digest, layer.size) as stream:
-            hashed = HashedStream(stream, layer.digest, count)
-            source = hashed if compressed is None else _Tee(hashed, compressed)
-            try:
-                tar_stream = LayerStream(source)
-                while data := tar_stream.read(PIECE_BYTES):
-                    plain.update(data)
-                    length += len(data)
-                    if tar is not None:
-                        tar.write(data)
-                while source.read(PIECE_BYTES):
-                    pass
-            except ContentError:
-                # Damage on the way and a bad image are different faults: see which it is.
+        if not self._source.gives_blob(layer.digest):
+            with self._source.layer_diff(layer, diff_id) as stream:
+                length, found = _drain(stream, tar, diff_id.algorithm, self._check)
+        else:
+            with self._source.open_blob(layer.digest, layer.size) as stream:
+                hashed = HashedStream(stream, layer.digest, count)
+                source = hashed if compressed is None else _Tee(hashed, compressed)
+                try:
+                    plain = LayerStream(source)
+                    length, found = _drain(plain, tar, diff_id.algorithm, self._check)
+                    while source.read(PIECE_BYTES):
+                        pass
+                except ContentError:
+                    # Damage on the way and a bad image are different faults: see which it is.
+                    hashed.verify(layer.size, subject)
+                    raise
                 hashed.verify(layer.size, subject)
-                raise
-            hashed.verify(layer.size, subject)
-        found = f"{diff_id.algorithm}:{plain.hexdigest()}"
         if found != diff_id:
             raise VerificationError(
                 f"the config states the diff ID {diff_id}, the layer has {found}",
@@ -296,6 +252,21 @@ class LayerConverter:
         self._progress(
             LayerProgress(layer.digest, phase, done, layer.size if total is None else total)
         )
+
+
+def _drain(
+    plain: Readable, tar: BinaryIO | None, algorithm: str, check: Callable[[], None]
+) -> tuple[int, str]:
+    """Write a tar stream to ``tar``; return its length and digest."""
+    digest = hashlib.new(algorithm)
+    length = 0
+    while data := plain.read(PIECE_BYTES):
+        check()
+        digest.update(data)
+        length += len(data)
+        if tar is not None:
+            tar.write(data)
+    return length, f"{algorithm}:{digest.hexdigest()}"
 
 
 class _Tee:
@@ -319,7 +290,7 @@ def _unchanged(layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
         toc_digest=(
             toc_digest(layer.annotations) if ESTARGZ_TOC_DIGEST in layer.annotations else None
         ),
-        media_type=_TO_OCI.get(layer.media_type, layer.media_type),
+        media_type=layer_type(layer.media_type, Family.OCI),
         annotations=dict(layer.annotations),
         kept=True,
     )

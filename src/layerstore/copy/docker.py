@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from layerstore import limits
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
-from layerstore.errors import NetworkError, RegistryError, UsageError
+from layerstore.errors import NetworkError, RegistryError
 from layerstore.formats import Compression
 from layerstore.image import Digest, Reference
 from layerstore.registry import BlobReader, FetchedManifest, RegistryClient
@@ -107,14 +107,6 @@ class RegistryImage(ImageSource, ImageDestination):
         named = top and not self._untagged
         reference = self.reference if named else self.reference.with_digest(Digest.of(raw))
         self._client.put_manifest(reference, raw, media_type)
-
-
-def destination_reference(text: str) -> Reference:
-    """Read the reference of a destination; its digest cannot be known beforehand."""
-    reference = Reference.parse(text)
-    if reference.digest is not None:
-        raise UsageError("a destination is named by a tag, not by a digest", subject=text)
-    return reference
 
 
 class ResumedBlob:

@@ -92,6 +92,12 @@ def layer_kind(media_type: str) -> LayerKind | None:
     return _KINDS.get(media_type)
 
 
+def layer_type(media_type: str, family: Family) -> str:
+    """The media type that says the same in ``family``; itself if there is none."""
+    kind = _KINDS.get(media_type)
+    return media_type if kind is None else _TYPES.get((family, kind), media_type)
+
+
 @dataclass(frozen=True, slots=True)
 class CopiedLayer:
     """What a layer is at the destination; ``compression`` None if it stayed as it was."""
