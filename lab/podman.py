@@ -20,12 +20,14 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
+import layerstore
 from lab import trixie
 
 Flavour = Literal["debian12", "debian13"]
@@ -196,8 +198,18 @@ class PodmanEnv:
     ) -> subprocess.CompletedProcess[str]:
         return self._run(self.command("containers-storage"), arguments, check, timeout, stdin)
 
+    def layerstore(
+        self,
+        *arguments: str | Path,
+        check: bool = True,
+        timeout: float = 300,
+        stdin: str | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run our own program in the same environment: graph root, registries, policy."""
+        return self._run(self.command("layerstore"), arguments, check, timeout, stdin)
+
     def command(
-        self, tool: Literal["podman", "skopeo", "buildah", "containers-storage"]
+        self, tool: Literal["podman", "skopeo", "buildah", "containers-storage", "layerstore"]
     ) -> list[str]:
         """The start of a command line, to be run with ``environment()``."""
         match tool:
@@ -216,6 +228,8 @@ class PodmanEnv:
                 ]
             case "containers-storage":
                 return [str(self.tools.containers_storage)]
+            case "layerstore":
+                return [sys.executable, "-m", "layerstore.cli"]
 
     def environment(self) -> dict[str, str]:
         """The whole environment of the tools: nothing of the caller's gets through."""
@@ -230,6 +244,8 @@ class PodmanEnv:
             "REGISTRY_AUTH_FILE": str(self.auth_file),
             "BUILDAH_ISOLATION": "chroot",
             "PODMAN_IGNORE_CGROUPSV1_WARNING": "true",
+            # our own program: the one that the caller imports, wherever it lies
+            "PYTHONPATH": str(Path(layerstore.__file__).parents[1]),
         }
 
     def cleanup(self) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import layerstore
 from lab import trees
 from lab.oci import StoredImage
 from lab.podman import Flavour, PodmanEnv
@@ -64,8 +63,6 @@ class Rig:
             environment={
                 **self.env.environment(),
                 "CONTAINERS_REGISTRIES_CONF": str(conf),
-                # the program that the tests import, wherever it lies
-                "PYTHONPATH": str(Path(layerstore.__file__).parents[1]),
             },
             config=config,
         )

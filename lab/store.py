@@ -45,9 +45,13 @@ class LayerstoreService:
         self._config: Final = self.directory / "config.toml"
         self._environment = dict(os.environ if environment is None else environment)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.configure(config)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def configure(self, config: str) -> None:
+        """Write another configuration file, for the next start."""
         # the machine's own graph root is none of a test's business
         self._config.write_text(config if "[repair]" in config else f"{config}\n{_NO_REPAIR}")
-        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:

@@ -1,0 +1,104 @@
+"""Layer records that Podman >= 5.5 and CRI-O >= 1.33 forget: made again, and the image runs.
+
+The damage is what those versions leave behind (als-protocol 3.6): the image, the directories of
+its layers in the graph root, and no record of any layer that came from a layer store.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from lab.podman import CommandError, Flavour, PodmanEnv
+from lab.rig import MakeRig, Pushed, Rig, graph_layers
+from layerstore.graphroot.records import LayerRecord
+from layerstore.graphroot.table import Table
+
+HELLO = "hello from small amd64: 199 files\n"
+
+
+def forget_lazy_layers(env: PodmanEnv) -> list[str]:
+    """Drop the records of all layers that came from a layer store; their ids."""
+    table = Table(env.graph_root / "overlay-layers", "layers", LayerRecord)
+    with table.lock.writing():
+        records = table.load()
+        lost = [
+            record
+            for record in records
+            if (env.graph_root / "overlay" / record.id / "additionallayer").exists()
+        ]
+        table.save([record for record in records if record not in lost])
+    return [record.id for record in lost]
+
+
+def pulled(make_rig: MakeRig, flavour: Flavour, small: Pushed, config: str = "") -> tuple[Rig, str]:
+    rig = make_rig(flavour, config=config)
+    image = rig.image(small.name)
+    rig.env.podman("pull", image)
+    return rig, image
+
+
+def test_check_storage_makes_forgotten_records_again(
+    flavour: Flavour, make_rig: MakeRig, small: Pushed
+) -> None:
+    rig, image = pulled(make_rig, flavour, small)
+    before = graph_layers(rig.env)
+    lost = forget_lazy_layers(rig.env)
+    assert len(lost) == len(small.image.layers)
+    with pytest.raises(CommandError):
+        rig.env.podman("run", "--rm", "--pull=never", image)
+
+    found = rig.env.layerstore("check", "storage", "--json", check=False)
+    assert found.returncode == 1
+    kinds = {one["kind"] for one in json.loads(found.stdout)["findings"]}
+    assert "layer-missing" in kinds
+    assert graph_layers(rig.env) == []  # looking changes nothing
+
+    rig.env.layerstore("check", "storage", "--repair")
+    after = graph_layers(rig.env)
+    for key in ("id", "parent", "diff-digest", "toc-digest", "compression"):
+        assert [layer.get(key) for layer in after] == [layer.get(key) for layer in before], key
+    # where Podman took "unknown" from the store, we say what the image says: Debian 12 needs it
+    for layer, old in zip(after, before, strict=True):
+        assert layer["diff-size"] > 0
+        assert old["diff-size"] in (-1, layer["diff-size"])
+    assert all(layer["flags"]["expected-layer-diffid"] for layer in after)
+    assert rig.env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
+    assert rig.env.layerstore("check", "storage", "--json").returncode == 0
+    rig.env.podman("save", "-o", rig.env.tmp / "saved.tar", image)
+    rig.env.podman("rmi", image)
+    assert graph_layers(rig.env) == []
+
+
+def test_the_service_makes_them_again_when_a_client_lets_go(
+    flavour: Flavour, make_rig: MakeRig, small: Pushed, workspace: Path
+) -> None:
+    rig, image = pulled(make_rig, flavour, small)
+    roots = json.dumps([str(rig.env.graph_root)])
+    rig.service.stop()
+    rig.service.configure(f"[repair]\ngraph_roots = {roots}\n")
+    rig.service.start()
+    lost = forget_lazy_layers(rig.env)
+    # the last thing that a pull does
+    additional = (rig.env.graph_root / "overlay" / lost[0] / "additionallayer").read_text()
+    with pytest.raises(FileNotFoundError):
+        os.rmdir(additional)
+    until = time.monotonic() + 30
+    while rig.service.status()["records_rebuilt"] < len(lost) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert rig.service.status()["records_rebuilt"] == len(lost)
+    assert "event=records-rebuilt" in rig.service.log()
+    assert rig.env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
+
+
+def test_a_layer_that_leads_elsewhere_is_not_believed(make_rig: MakeRig, small: Pushed) -> None:
+    rig, _ = pulled(make_rig, "debian13", small)
+    lost = forget_lazy_layers(rig.env)
+    directory = rig.env.graph_root / "overlay" / lost[-1]
+    other = (rig.env.graph_root / "overlay" / lost[0] / "additionallayer").read_text()
+    (directory / "additionallayer").write_text(other)
+    result = rig.env.layerstore("check", "storage", "--repair", check=False)
+    assert "additionallayer leads to" in result.stdout
+    assert lost[-1] not in {layer["id"] for layer in graph_layers(rig.env)}
