@@ -27,6 +27,7 @@ VERBS: Final = {
     },
     "Moving images": {
         "convert": "convert:convert",
+        "unpack": "unpack:unpack",
     },
     "Images in storage": {
         "images": "images:images",

@@ -93,7 +93,7 @@ class LayerFile(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         if name == self.digest:
             known = {"compressed-diff-digest": self.digest} | known
         else:
-            known |= {"toc-digest": name, "flags": {"expected-layer-diffid": self.diff_id}}
+            known |= {"toc-digest": str(name), "flags": {"expected-layer-diffid": self.diff_id}}
         return msgspec.json.encode(known)
 
 

@@ -116,13 +116,9 @@ def _layer_damage(
     if record.digest != digest:
         yield Damage(path, f"layer.json is that of {record.digest}", Digest(digest))
         return
+    listener.message(f"Checking layer {digest}")
     try:
-        size = (directory / BLOB).stat().st_size
-        with (
-            (directory / BLOB).open("rb") as blob,
-            listener.copying("blob", Digest(digest), size) as item,
-            _scratch(scratch) as work,
-        ):
+        with (directory / BLOB).open("rb") as blob, _scratch(scratch) as work:
             began = time.time_ns() - _CLOCK_SECONDS * 10**9
             staged = stage_layer(
                 work,
@@ -131,7 +127,6 @@ def _layer_damage(
                 blob_size=record.size,
                 diff_id=Digest(record.diff_id),
                 whiteouts=whiteout_style(),
-                progress=item.advance,
             )
             if (staged.diff_size, staged.compression.value) != (
                 record.diff_size,

@@ -85,7 +85,7 @@ class OpenTree:
         facts = os.lstat(path or b".", dir_fd=self._fd)
         mode = facts.st_mode
         xattrs = self._xattrs(path)
-        opaque = any(xattrs.pop(name, b"") == b"y" for name in OPAQUE)
+        opaque = b"y" in [xattrs.pop(name, b"") for name in OPAQUE]
         device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
         return Node(
             path=path,
@@ -156,8 +156,8 @@ def shown(path: bytes) -> str:
 def tree_differences(expected: Path, actual: Path, *, made_after_ns: int) -> Iterator[str]:
     """What is different in ``actual``, one sentence each; nothing if the trees are the same.
 
-    Directories of ``expected`` that were changed since ``made_after_ns`` have no time of
-    their own: they were made because something lies in them.  Raises ``StorageError``.
+    What is newer than ``made_after_ns`` in ``expected`` has no time of its own: whiteouts,
+    and directories that were made because something lies in them.  Raises ``StorageError``.
     """
     with OpenTree(expected) as left, OpenTree(actual) as right:
         links = _Links()
@@ -170,7 +170,7 @@ def tree_differences(expected: Path, actual: Path, *, made_after_ns: int) -> Ite
                 difference = _node_difference(wanted, found) or links.difference(
                     wanted.inode, found.inode
                 )
-                timeless = stat.S_ISDIR(wanted.mode) and wanted.mtime_ns >= made_after_ns
+                timeless = wanted.mtime_ns >= made_after_ns
                 if difference is None and not timeless and wanted.mtime_ns != found.mtime_ns:
                     difference = "has another time of modification"
                 if (
@@ -276,7 +276,7 @@ def _index_node(index: LayerIndex, entry: int, path: bytes) -> Node:
     xattrs = dict(index.xattrs(entry)) if inode.has_xattrs else {}
     for name in _NOT_CONTENT:
         xattrs.pop(name, None)
-    opaque = [xattrs.pop(name, b"") == b"y" for name in OPAQUE]
+    opaque = b"y" in [xattrs.pop(name, b"") for name in OPAQUE]
     return Node(
         path=path,
         mode=inode.mode,
@@ -286,7 +286,7 @@ def _index_node(index: LayerIndex, entry: int, path: bytes) -> Node:
         device=(inode.major, inode.minor),
         target=index.symlink(entry) if stat.S_ISLNK(inode.mode) else b"",
         xattrs=xattrs,
-        opaque=any(opaque),
+        opaque=opaque,
         inode=entry,
         mtime_ns=inode.mtime_ns,
     )

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Final, Literal
 
 from layerstore.copy.chosen import Check, ChosenImage, choose_image
+from layerstore.copy.context import CopyContext
+from layerstore.copy.copyimage import machine_policy
+from layerstore.copy.names import TRANSPORTS, open_source
 from layerstore.copy.progress import ALREADY_EXISTS, PullListener, Quiet
 from layerstore.copy.reuse import WantedLayer
 from layerstore.copy.staticstore import LayerFile, StaticStore, require_diff_id
 from layerstore.copy.transport import ImageSource
-from layerstore.errors import ContentError, NotFound, StorageError, UsageError
+from layerstore.errors import ContentError, NotFound, UnsupportedFormat, UsageError
 from layerstore.image import Digest, Platform, Reference
+from layerstore.registry import FetchedManifest
 
 WAITING: Final = "Waiting for another run on the same directory..."
 _JOBS: Final = 3
@@ -74,6 +78,33 @@ class UnpackResult:
 
 
 def unpack(
+    name: str,
+    directory: Path,
+    options: UnpackOptions | None = None,
+    ctx: CopyContext | None = None,
+) -> UnpackResult:
+    """Put the layers of the image ``name`` into the static store ``directory``.
+
+    ``name`` is a reference or ``TRANSPORT:NAME``.  Raises ``PolicyRejected`` for an image that
+    policy.json does not accept, and what ``unpack_image`` does.
+    """
+    ctx = ctx or CopyContext()
+    policy = machine_policy(ctx)
+    with_transport = name.partition(":")[0] in TRANSPORTS
+    source = open_source(name if with_transport else f"docker://{name}", ctx)
+
+    def check(found: FetchedManifest) -> None:
+        signed = policy.needs_signatures(source.transport, source.identity)
+        signatures = source.signatures(found.digest) if signed else ()
+        policy.check(source.transport, source.identity, found.raw, signatures)
+
+    try:
+        return unpack_image(source, directory, options, ctx.listener, check=check)
+    finally:
+        source.close()
+
+
+def unpack_image(
     source: ImageSource,
     directory: Path,
     options: UnpackOptions | None = None,
@@ -81,7 +112,7 @@ def unpack(
     *,
     check: Check = lambda _: None,
 ) -> UnpackResult:
-    """Put the layers of an image into the static store ``directory``, made if it is missing.
+    """Do what ``unpack`` does with an image that is open; the directory is made if missing.
 
     ``check`` may refuse a manifest.  Layers that are complete are published even if a later
     one fails.
@@ -142,7 +173,6 @@ class _Work:
         self._reference = reference
         self._listener = listener
         self._under_way: dict[Digest, Future[tuple[LayerFile, bool]]] = {}
-        self._naming = threading.Lock()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -164,6 +194,12 @@ class _Work:
         if there is not None:
             self._listener.skipped(descriptor.digest, ALREADY_EXISTS)
             return there, False
+        if not self._source.gives_blob(descriptor.digest):
+            raise UnsupportedFormat(
+                "the source has the layer's files but no longer its blob",
+                subject=descriptor.digest,
+                advice="unpack the image from where it came from",
+            )
         with (
             self._listener.copying("blob", descriptor.digest, descriptor.size) as item,
             self._source.open_blob(descriptor.digest, descriptor.size) as blob,
@@ -183,9 +219,7 @@ class _Work:
         toc, reason = None, ""
         try:
             record, toc = self._store.add_toc(record, layer.descriptor.annotations)
-        except (ContentError, StorageError) as error:
-            if isinstance(error, StorageError):
-                raise
+        except ContentError as error:
             reason = str(error)
             self._listener.message(f"Layer {digest} is not offered by its TOC: {reason}")
         for name in filter(None, (digest, toc)):
