@@ -26,6 +26,7 @@ VERBS: Final = {
         "status": "status:status",
     },
     "Moving images": {
+        "pull": "pull:pull",
         "convert": "convert:convert",
         "unpack": "unpack:unpack",
     },

@@ -1,0 +1,104 @@
+"""``layerstore pull``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from layerstore import limits
+from layerstore.cli.common import (
+    REGISTRY,
+    STORAGE,
+    Json,
+    Quiet,
+    RegistryFlags,
+    StorageFlags,
+    finish,
+    option,
+    print_json,
+    switch,
+)
+from layerstore.copy.bars import listener
+from layerstore.copy.policy import Policy
+from layerstore.copy.pull import PullOptions, When, registry_host
+from layerstore.copy.pull import pull as pull_image
+from layerstore.copy.storage_destination import PullResult
+from layerstore.errors import LayerstoreError
+from layerstore.image import Platform
+
+
+def pull(
+    name: str,
+    /,
+    *more: str,
+    policy: Annotated[
+        When, option("What an image of that name in the storage changes.", "--policy")
+    ] = When.ALWAYS,
+    platform: Annotated[str | None, option("os/architecture[/variant] [this machine's].")] = None,
+    signature_policy: Annotated[Path | None, option("policy.json to judge images by.")] = None,
+    no_layer_stores: Annotated[bool, switch("Ask no additional layer stores.")] = False,
+    dialect_l: Annotated[
+        bool, switch("Ask layer stores by blob digest too, and believe them unchecked.")
+    ] = False,
+    parallel: Annotated[
+        int, option("Layers on their way at once.", "--parallel")
+    ] = limits.PULL_PARALLEL,
+    quiet: Quiet = False,
+    json: Json = False,
+    registry: RegistryFlags = REGISTRY,
+    storage: StorageFlags = STORAGE,
+) -> None:
+    """Pull images into local storage, as far as their layers are not there already.
+
+    NAME is a name such as docker.io/library/alpine:3, or TRANSPORT:NAME.  Prints the IDs.
+    """
+    store = storage.open()
+    wanted = None if platform is None else Platform.parse(platform)
+    judged_by = None if signature_policy is None else Policy.load(signature_policy)
+    errors: list[LayerstoreError] = []
+    reports: list[dict[str, Any]] = []
+    for text in (name, *more):
+        try:
+            with listener(quiet=quiet) as shown:
+                options = PullOptions(
+                    when=policy,
+                    platform=wanted,
+                    registry=registry.settings(host=registry_host(text)),
+                    policy=judged_by,
+                    layer_stores=not no_layer_stores,
+                    dialect_l=dialect_l,
+                    parallel=parallel,
+                    listener=shown,
+                )
+                result = pull_image(text, store, options)
+        except LayerstoreError as error:
+            errors.append(error)
+            continue
+        if json:
+            reports.append(_report(text, result))
+        else:
+            print(result.image_id, flush=True)
+    if json:
+        print_json(reports)
+    finish(errors)
+
+
+def _report(text: str, result: PullResult) -> dict[str, Any]:
+    return {
+        "name": text,
+        "id": result.image_id,
+        "digest": result.digest,
+        "manifestDigest": result.manifest_digest,
+        "names": result.names,
+        "layers": [
+            {
+                "digest": layer.digest,
+                "diffId": layer.diff_id,
+                "size": layer.size,
+                "how": layer.how,
+                "id": layer.layer_id,
+            }
+            for layer in result.layers
+        ],
+        "layerStoreMisses": result.misses,
+    }
