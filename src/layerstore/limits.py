@@ -132,6 +132,8 @@ REPAIR_QUIET_SECONDS: Final = 0.5  # without a release, before records are looke
 REPAIR_PATIENCE_SECONDS: Final = 10.0  # at most, while releases go on
 REPAIR_END_SECONDS: Final = 5.0
 REPAIR_COMPLAINTS: Final = 1024  # images whose failure is remembered
+OVERLAY_LOWERS: Final = 500  # the kernel's OVL_MAX_STACK
+MOUNT_PROGRAM_SECONDS: Final = 60.0  # one run of fuse-overlayfs or fusermount3
 
 # -- copying -----------------------------------------------------------------------
 PULL_PARALLEL: Final = 6  # layers of an image under way at once, as containers/image
