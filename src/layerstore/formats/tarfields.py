@@ -13,6 +13,7 @@ from typing import Final
 from layerstore.errors import InvalidLayer
 
 _ZERO: Final = bytes(512)
+_ENDS: Final = b" \0"
 _INT64: Final = 1 << 63
 _OCTAL: Final = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _INTEGER: Final = re.compile(rb"-?[0-9]{1,19}")
@@ -33,6 +34,12 @@ def text(field: bytes) -> bytes:
 
 def number(field: bytes, what: str) -> int:
     """Return a numeric field, which may be negative; an empty one is 0."""
+    digits = field[:-1]
+    if digits.isdigit() and field[-1] in _ENDS:  # as nearly all are written
+        try:
+            return int(digits, 8)
+        except ValueError:  # an 8 or a 9
+            raise InvalidLayer(f"the {what} in a tar header is no number") from None
     if field[0] & 0x80:
         value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
         if field[0] & 0x40:

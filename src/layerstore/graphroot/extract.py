@@ -16,11 +16,9 @@ What stands in an overlay layer's ``diff`` after a pull by Podman is the measure
 Unlike there, nothing that leads out of the layer is taken: a ``..`` that climbs out of it
 is refused, not stopped at the root.
 
-How it is made safe: every directory is reached from the root by file descriptors, one
-component at a time and never through a symbolic link (a link is read and walked here, inside the
-layer), files are only ever created anew, and nothing is opened that the archive could have made a
-device or a pipe.  How it is made fast: descriptors of directories are kept, and no system call is
-made whose effect is there already.
+How it is made safe: no path is walked but by ``beneath``, files are only ever created anew, and
+nothing is opened that the archive could have made a device or a pipe.  How it is made fast:
+descriptors of directories are kept, and no system call is made whose effect is there already.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ import contextlib
 import enum
 import errno
 import os
-import posixpath
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,16 +39,14 @@ from layerstore.errors import InvalidLayer, LayerstoreError, LimitExceeded, Stor
 from layerstore.formats import tarstream
 from layerstore.formats.compression import Readable
 from layerstore.formats.tarstream import TarEntry, TarReader
+from layerstore.graphroot.beneath import Beneath, clean, open_directory, through
 from layerstore.graphroot.removal import remove_tree
 
 WHITEOUT_PREFIX: Final = b".wh."
 OPAQUE_MARKER: Final = b".wh..wh..opq"
 
 _PIECE: Final = limits.MIB
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_KEPT_ON_THE_WAY: Final = 16  # directories entered at once whose descriptors are all kept
-_SYMLINKS: Final = 40  # followed on one path, as the kernel does
 _LAST_NS: Final = (1 << 63) - 1
 _SPECIAL: Final = 0o7000
 _PARENT_MODE: Final = 0o755
@@ -136,15 +131,16 @@ class Extractor:
         self._uid, self._gid = os.geteuid(), os.getegid()
         self._entries = 0
         try:
-            self._root = os.open(root, _DIRECTORY)
+            self._tree = Beneath(root, self._make_parent)
         except OSError as error:
             raise StorageError(f"cannot extract there: {error}", subject=str(root)) from error
+        self._open = self._tree.open
+        self._root = self._tree.root
         # A directory that is setgid or has a default ACL changes what is made in it.
         self._plain = not os.fstat(self._root).st_mode & stat.S_ISGID
         with contextlib.suppress(OSError):
             self._plain &= _DEFAULT_ACL.decode() not in os.listxattr(self._root)
         self._doubtful = _SPECIAL | _umask()
-        self._open: dict[bytes, int] = {b"": self._root}
         self._times: dict[bytes, int] = {}
 
     def __enter__(self) -> Self:
@@ -156,9 +152,7 @@ class Extractor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+        self._tree.close()
 
     def apply(self, entry: TarEntry, read: Callable[[int], bytes]) -> None:
         """Make what ``entry`` says; ``read`` gives its payload, of which some may be left unread.
@@ -169,9 +163,8 @@ class Extractor:
         if self._entries > limits.LAYER_ENTRIES:
             raise LimitExceeded(f"the layer has more than {limits.LAYER_ENTRIES} entries")
         if len(self._open) > limits.OPEN_DIRECTORIES:
-            self._close_some(keep=self._root)
-        name = entry.name
-        path = clean(name)
+            self._tree.trim()
+        path = clean(entry.name)
         parent, _, last = path.rpartition(b"/")
         if not 0 <= entry.uid < 0xFFFFFFFF or not 0 <= entry.gid < 0xFFFFFFFF:
             _refuse(entry, f"the entry has an owner that cannot be: {entry.uid}:{entry.gid}")
@@ -187,7 +180,7 @@ class Extractor:
             else:
                 directory = self._open.get(parent)
                 if directory is None:
-                    directory = self._directory(parent)
+                    directory = self._tree.directory(parent, create=True)
                 self._make(entry, path, directory, last, read)
         except OSError as error:
             raise _explained(error, entry) from error
@@ -195,8 +188,7 @@ class Extractor:
     def finish(self) -> None:
         """Set the times of directories, which making their entries has changed."""
         for path, mtime_ns in self._times.items():
-            if len(self._open) > limits.OPEN_DIRECTORIES:
-                self._close_some(keep=self._root)
+            self._tree.trim()
             try:
                 self._set_directory_time(path, mtime_ns)
             except OSError as error:
@@ -209,7 +201,7 @@ class Extractor:
         parent, _, last = path.rpartition(b"/")
         # A later entry may have taken the place of this directory or of one above it.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            directory = self._directory(parent, create=False)
+            directory = self._tree.directory(parent)
             if stat.S_ISDIR(os.stat(last, dir_fd=directory, follow_symlinks=False).st_mode):
                 os.utime(last, ns=(mtime_ns, mtime_ns), dir_fd=directory, follow_symlinks=False)
 
@@ -230,7 +222,7 @@ class Extractor:
     def _apply_whiteout(self, entry: TarEntry, parent: bytes, last: bytes) -> None:
         hidden = last[len(WHITEOUT_PREFIX) :]
         try:
-            directory = self._directory(parent)
+            directory = self._tree.directory(parent, create=True)
         except NotADirectoryError:
             # rm -rf of a directory: some tools write a whiteout for it and for what was in it.
             return
@@ -250,7 +242,7 @@ class Extractor:
         self._own(entry, hidden, directory)
 
     def _make_opaque(self, parent: int, name: bytes) -> None:
-        fd = os.open(name, _DIRECTORY, dir_fd=parent)
+        fd = open_directory(parent, name)
         try:
             os.setxattr(fd, self._opaque, b"y")
         finally:
@@ -317,7 +309,7 @@ class Extractor:
                 os.mkdir(last, mode & 0o777, dir_fd=directory)
         fd = self._open.get(path)
         if fd is None:
-            fd = self._open[path] = _open_directory(directory, last)
+            fd = self._open[path] = open_directory(directory, last)
         self._own(entry, fd, found=merged)
         if merged is not None or mode & self._doubtful or not self._plain:
             os.fchmod(fd, mode)
@@ -338,7 +330,7 @@ class Extractor:
         times = (entry.mtime_ns, entry.mtime_ns)
         os.utime(last, ns=times, dir_fd=directory, follow_symlinks=False)
         if entry.xattrs:
-            self._attributes(entry, _through(directory, last))
+            self._attributes(entry, through(directory, last))
 
     def _make_link(self, entry: TarEntry, path: bytes, directory: int, last: bytes) -> None:
         target = clean(entry.link_name)
@@ -348,7 +340,7 @@ class Extractor:
             self._clear(directory, last)
         parent, _, name = target.rpartition(b"/")
         try:
-            source = self._directory(parent, create=False)
+            source = self._tree.directory(parent)
             found = os.stat(name, dir_fd=source, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             _refuse(
@@ -362,7 +354,7 @@ class Extractor:
         if not stat.S_ISLNK(found.st_mode):
             self._dress(entry, directory, last)
         if entry.xattrs:
-            self._attributes(entry, _through(directory, last))
+            self._attributes(entry, through(directory, last))
 
     def _make_node(self, entry: TarEntry, directory: int, last: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -379,7 +371,7 @@ class Extractor:
         self._own(entry, last, directory)
         self._dress(entry, directory, last)
         if entry.xattrs:
-            self._attributes(entry, _through(directory, last))
+            self._attributes(entry, through(directory, last))
 
     # -- what all kinds have ---------------------------------------------------------
 
@@ -449,125 +441,21 @@ class Extractor:
 
     # -- directories -------------------------------------------------------------------
 
-    def _directory(self, path: bytes, *, create: bool = True) -> int:
-        """A descriptor of a directory by its path in the archive; it stays the extractor's.
-
-        With ``create`` missing directories are made.  Raises OSError.
-        """
-        known = path
-        while (fd := self._open.get(known)) is None:
-            known = known.rpartition(b"/")[0]
-        if known == path:
-            return fd
-        steps = path[len(known) :].lstrip(b"/").split(b"/")
-        if len(steps) > _KEPT_ON_THE_WAY:
-            fd = self._open[path] = self._resolve(path, create=create)
-            return fd
-        for name in steps:
-            child = self._step(fd, name, create=create)
-            if child is None:
-                fd = self._open[path] = self._resolve(path, create=create)
-                return fd
-            known = known + b"/" + name if known else name
-            fd = self._open[known] = child
+    def _make_parent(self, directory: int, name: bytes) -> int:
+        os.mkdir(name, _PARENT_MODE, dir_fd=directory)
+        fd = open_directory(directory, name)
+        if not self._plain:
+            os.fchown(fd, self._uid, self._gid)
+        if _PARENT_MODE & self._doubtful:
+            os.fchmod(fd, _PARENT_MODE)
         return fd
-
-    def _step(self, directory: int, name: bytes, *, create: bool) -> int | None:
-        """Open a directory by its name; None for a symbolic link."""
-        try:
-            return _open_directory(directory, name)
-        except FileNotFoundError:
-            if not create:
-                raise
-            os.mkdir(name, _PARENT_MODE, dir_fd=directory)
-            fd = _open_directory(directory, name)
-            if not self._plain:
-                os.fchown(fd, self._uid, self._gid)
-            if _PARENT_MODE & self._doubtful:
-                os.fchmod(fd, _PARENT_MODE)
-            return fd
-        except OSError as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                raise
-            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if not stat.S_ISLNK(found.st_mode):
-                raise
-            return None
-
-    def _resolve(self, path: bytes, *, create: bool) -> int:
-        """Open a directory on whose path symbolic links lie, all taken relative to our root."""
-        # Names still to go, the next one last; a link's own text never makes directories.
-        ahead = [(name, create) for name in reversed(path.split(b"/"))]
-        links = 0
-        depth = 0
-        here = os.dup(self._root)
-        try:
-            while ahead:
-                name, may_create = ahead.pop()
-                if name in (b"", b"."):
-                    continue
-                if name == b"..":
-                    if not depth:
-                        continue  # the root is its own parent
-                    following: int | None = os.open("..", _DIRECTORY, dir_fd=here)
-                    depth -= 1
-                else:
-                    following = self._step(here, name, create=may_create)
-                    depth += 1
-                if following is None:
-                    depth -= 1
-                    links += 1
-                    if links > _SYMLINKS:
-                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-                    target = os.readlink(name, dir_fd=here)
-                    ahead += [(part, False) for part in reversed(target.split(b"/"))]
-                    if not target.startswith(b"/"):
-                        continue
-                    following, depth = os.dup(self._root), 0
-                os.close(here)
-                here = following
-        except BaseException:
-            os.close(here)
-            raise
-        return here
 
     def _clear(self, directory: int, name: bytes) -> None:
         """Remove what stands in an entry's way.  Raises OSError."""
         os.stat(name, dir_fd=directory, follow_symlinks=False)
-        remove_tree(Path(os.fsdecode(_through(directory, name))))
+        remove_tree(Path(os.fsdecode(through(directory, name))))
         # Paths through it may lead elsewhere now.
-        self._close_some(keep=directory)
-
-    def _close_some(self, *, keep: int) -> None:
-        for path, fd in list(self._open.items()):
-            if fd not in (self._root, keep):
-                del self._open[path]
-                os.close(fd)
-
-
-def clean(name: bytes) -> bytes:
-    """A path of the archive, relative to the root of the layer, which is ``b""``.
-
-    A leading ``/`` means the layer's root.  ``..`` takes back a component before it, as in Go's
-    ``filepath.Clean``.  Raises InvalidLayer when it would climb out of the layer, LimitExceeded.
-    """
-    if len(name) > limits.PATH_BYTES:
-        raise LimitExceeded(f"a path of more than {limits.PATH_BYTES} bytes", subject=_shown(name))
-    if name[:1] != b"." and b"/." not in name and b"//" not in name and name[:1] != b"/":
-        return name[:-1] if name[-1:] == b"/" else name
-    path = posixpath.normpath(name.lstrip(b"/")) if name.strip(b"/") else b"."
-    if path == b".." or path.startswith(b"../"):
-        raise InvalidLayer("the path leaves the layer by '..'", subject=_shown(name))
-    return b"" if path == b"." else path
-
-
-def _open_directory(parent: int, name: bytes) -> int:
-    return os.open(name, _DIRECTORY, dir_fd=parent)
-
-
-def _through(directory: int, name: bytes) -> bytes:
-    """A path for calls that take no descriptor of a directory; not to be followed at its end."""
-    return b"/proc/self/fd/%d/%b" % (directory, name)
+        self._tree.forget(keep=directory)
 
 
 def _time(mtime_ns: int) -> int:

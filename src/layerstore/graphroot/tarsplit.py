@@ -39,6 +39,8 @@ _LINE_BYTES: Final = 2 * limits.TAR_EXTENDED_HEADER_BYTES
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GZIP_WBITS: Final = 31
 
+# Needs no escaping in JSON.
+_PLAIN: Final = re.compile(rb"[-+.,:=@_~/ 0-9A-Za-z]*")
 # Go's encoding/json escapes these too.
 _GO_ESCAPED: Final = re.compile("[<>&\u2028\u2029]")
 
@@ -120,8 +122,7 @@ def assemble(tar_split: BinaryIO, open_file: Callable[[bytes], BinaryIO]) -> Ite
     """Give the tar stream back, in pieces of at most 1 MiB for files.
 
     ``tar_split`` is the file of JSON lines, compressed or not.  ``open_file`` is called with the
-    name of an entry as it stands in the archive, and gives its content; what it raises passes
-    through.  Raises CorruptStorage for a damaged tar-split, and for a file that changed since it
+    name of an entry as it stands in the archive, and gives its content or raises OSError.  Raises CorruptStorage for a damaged tar-split, and for a file that changed since it
     was extracted.
     """
     for line in _lines(tar_split):
@@ -135,7 +136,15 @@ def _content(line: _Line, open_file: Callable[[bytes], BinaryIO]) -> Iterator[by
     name = _name(line)
     shown = name.decode(errors="replace")
     left, crc = line.size, 0
-    with open_file(name) as file:
+    try:
+        file = open_file(name)
+    except OSError as error:
+        raise CorruptStorage(
+            f"the file is not what it was when the layer was extracted: {error.strerror or 'gone'}",
+            subject=shown,
+            advice="remove the image and pull it again",
+        ) from error
+    with file:
         while left:
             data = file.read(min(left, _READ_BYTES))
             if not data:
@@ -195,6 +204,8 @@ def _base64(text: str) -> bytes:
 
 
 def _named(name: bytes) -> bytes:
+    if _PLAIN.fullmatch(name):
+        return b',"name":"%b"' % name
     try:
         text = name.decode()
     except UnicodeDecodeError:
@@ -206,6 +217,8 @@ def _named(name: bytes) -> bytes:
 
 def _clean(name: bytes) -> bytes:
     """The path as Go's ``filepath.Clean`` gives it."""
+    if name[:1] not in (b".", b"/", b"") and b"/." not in name and b"//" not in name:
+        return name[:-1] if name.endswith(b"/") else name
     if name.startswith(b"//"):
         name = b"/" + name.lstrip(b"/")
     return posixpath.normpath(name)
