@@ -14,16 +14,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from layerstore.errors import InvalidReference, LayerstoreError, UsageError
-from layerstore.graphroot.mountpoints import MountPoints
 from layerstore.graphroot.records import parse_time
 from layerstore.image import Reference
 
 if TYPE_CHECKING:
-    from layerstore.graphroot.containers import Container
     from layerstore.graphroot.images import Image
     from layerstore.graphroot.store import Store
 
@@ -236,43 +233,3 @@ def _glob(pattern: str) -> re.Pattern[str]:
         return re.compile("".join(out))
     except re.error:
         return re.compile(re.escape(pattern))
-
-
-@dataclass(frozen=True, slots=True)
-class Mounted:
-    """A layer that is mounted: that of a container, the top layer of an image, or just a layer.
-
-    ``id`` and ``names`` are those of the container or image; ``count`` is how many have mounted
-    it.
-    """
-
-    kind: str
-    id: str
-    names: tuple[str, ...]
-    layer: str
-    path: Path
-    count: int
-
-
-def mounted(store: Store) -> list[Mounted]:
-    """What is mounted in this graph root, by whatever tool; images of one layer come once each."""
-    directory = store.layer_area.run_directory
-    if not directory.exists():
-        return []
-    points = MountPoints(directory)
-    with points.lock.reading():
-        known = points.load()
-    images, containers = store.images(), store.containers()
-    found: list[Mounted] = []
-    for point in known:
-        owners: list[tuple[str, Image | Container]] = [
-            ("container", one) for one in containers if one.layer_id == point.id
-        ]
-        owners += [("image", one) for one in images if one.top_layer == point.id]
-        found += [
-            Mounted(kind, owner.id, owner.names, point.id, point.path, point.count)
-            for kind, owner in owners
-        ]
-        if not owners:
-            found.append(Mounted("layer", point.id, (), point.id, point.path, point.count))
-    return found
