@@ -19,6 +19,7 @@ from layerstore.copy.docker import RegistryImage
 from layerstore.copy.progress import Item, PullItem
 from layerstore.copy.reuse import WantedLayer
 from layerstore.copy.spool import PartialBlob, Spool
+from layerstore.copy.storage_source import Pieced
 from layerstore.copy.transport import BlobStream, ImageSource
 from layerstore.errors import ContentError, LayerstoreError, NetworkError, StorageError
 from layerstore.formats import Compression
@@ -104,7 +105,7 @@ class LayerFetcher:
         """
         for _ in range(limits.STAGE_ATTEMPTS):
             with contextlib.suppress(StagingLost):
-                staged = self._stage(_Stoppable(_Tar(layer)), wanted, Item(), is_blob=False)
+                staged = self._stage(_Stoppable(Pieced(layer.tar())), wanted, Item(), is_blob=False)
                 return FetchedLayer(_as_it_came(staged, layer))
         raise StorageError("the staging directories are removed again and again")
 
@@ -258,27 +259,6 @@ class _Kept:
     ) -> None:
         if self._stream is not None:
             self._stream.__exit__(kind, error, trace)
-
-
-class _Tar:
-    """The tar stream of a stored layer."""
-
-    def __init__(self, layer: Layer) -> None:
-        self._pieces = layer.tar()
-        self._rest = b""
-
-    def read(self, n: int, /) -> bytes:
-        data = self._rest or next(self._pieces, b"")
-        self._rest = data[n:]
-        return data[:n]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
 
 
 def _as_it_came(staged: StagedLayer, layer: Layer) -> StagedLayer:

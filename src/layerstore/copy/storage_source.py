@@ -1,0 +1,207 @@
+"""The transport ``containers-storage:``: an image of a graph root as a source.
+
+The graph root keeps an image's manifest and config as they came, but not the blobs of layers
+that were extracted: of those there is the tar stream.  Two kinds of layers still have their
+blobs: those of an additional layer store, which has the compressed blob beside the files, and
+those that came uncompressed.  An image all of whose layers do is copied byte for byte, with its
+signatures; others get a new manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from functools import cached_property
+from types import TracebackType
+from typing import Final, Self
+
+from layerstore import limits
+from layerstore.copy.transport import BlobStream, ImageSource
+from layerstore.errors import CorruptStorage, InvalidReference, LimitExceeded, NotFound
+from layerstore.graphroot.images import Image
+from layerstore.graphroot.layers import Layer
+from layerstore.graphroot.store import Store
+from layerstore.image import Descriptor, Digest, Reference, parse_manifest
+from layerstore.registry import FetchedManifest
+
+
+class StorageSource(ImageSource):
+    """An image of a storage, with the manifest of the one platform that it has."""
+
+    transport = "containers-storage"
+
+    def __init__(self, store: Store, name: str) -> None:
+        """The image called ``name``, as Podman resolves names; raises ``UnknownObject``."""
+        self._image: Final = store.image(name.removeprefix("@"))
+        self._name: Final = _full_name(self._image, name)
+
+    @property
+    def image(self) -> Image:
+        """The image itself."""
+        return self._image
+
+    @property
+    def identity(self) -> str:
+        """See ``ImageSource``: ``[overlay@/graph/root]name``, or the id where it has none."""
+        config = self._image.store.config
+        name = self._name or f"@{self._image.id}"
+        return f"[{config.driver}@{config.graph_root}]{name}"
+
+    @property
+    def reference(self) -> Reference | None:
+        """See ``ImageSource``."""
+        return Reference.parse(self._name) if self._name else None
+
+    def manifest(self, digest: Digest | None = None) -> FetchedManifest:
+        """See ``ImageSource``; also the index through which the image was chosen, by digest."""
+        raw = self._image.manifest()
+        found = Digest.of(raw)
+        if digest is not None and digest != found:
+            if digest not in self._image.digests:
+                raise NotFound("the image has no such manifest", subject=str(digest))
+            raw = self._image.index(digest)
+            digest.verify(raw, subject=f"image {self._image.id}")
+            found = digest
+        return FetchedManifest(raw, parse_manifest(raw).media_type, found)
+
+    def blob(self, digest: Digest, limit: int) -> bytes:
+        """See ``ImageSource``: the config."""
+        raw = self._image.big_data(str(digest))
+        if len(raw) > limit:
+            raise LimitExceeded(f"more than {limit} bytes", subject=str(digest))
+        digest.verify(raw, subject=f"image {self._image.id}")
+        return raw
+
+    def gives_blob(self, digest: Digest) -> bool:
+        """See ``ImageSource``."""
+        layer = self._by_blob.get(digest)
+        return layer is not None and (layer.is_lazy or layer.diff_id == digest)
+
+    def open_blob(self, digest: Digest, size: int) -> BlobStream:
+        """See ``ImageSource``; raises ``NotFound`` for a blob that was not kept."""
+        layer = self._by_blob.get(digest)
+        if layer is not None and layer.is_lazy:
+            return _StoredBlob(layer)
+        if layer is not None and layer.diff_id == digest:
+            return Pieced(layer.tar())
+        if digest == self._image.parsed_manifest().config.digest:
+            return _Bytes(self.blob(digest, limits.CONFIG_BYTES))
+        raise NotFound("the storage does not keep this blob", subject=str(digest))
+
+    def read_range(self, digest: Digest, size: int, offset: int, length: int) -> bytes:
+        """See ``ImageSource``."""
+        with self.open_blob(digest, size) as stream:
+            while offset > 0 and (data := stream.read(min(offset, limits.STREAM_BYTES))):
+                offset -= len(data)
+            found = b""
+            while len(found) < length and (data := stream.read(length - len(found))):
+                found += data
+        return found
+
+    def layer_diff(self, layer: Descriptor, diff_id: Digest) -> BlobStream:
+        """See ``ImageSource``."""
+        found = self._by_diff_id.get(diff_id) or self._by_blob.get(layer.digest)
+        if found is None:
+            raise NotFound("the image has no such layer", subject=str(layer.digest))
+        return Pieced(found.tar())
+
+    def signatures(self, digest: Digest) -> tuple[bytes, ...]:
+        """See ``ImageSource``."""
+        return self._image.signatures() if digest == self._image.digest else ()
+
+    @cached_property
+    def _layers(self) -> list[Layer]:
+        layers = self._image.layers()
+        listed = len(self._image.parsed_manifest().layers)
+        if len(layers) != listed:
+            raise CorruptStorage(
+                f"{len(layers)} layers, but the manifest lists {listed}",
+                subject=f"image {self._image.id}",
+                advice="layerstore check storage tells more",
+            )
+        return layers
+
+    @cached_property
+    def _by_blob(self) -> dict[Digest, Layer]:
+        listed = self._image.parsed_manifest().layers
+        return {blob.digest: layer for blob, layer in zip(listed, self._layers, strict=True)}
+
+    @cached_property
+    def _by_diff_id(self) -> dict[Digest, Layer]:
+        diff_ids = self._image.parsed_config().diff_ids
+        return dict(zip(diff_ids, self._layers, strict=False))
+
+
+class Pieced:
+    """A stream of bytes that come in pieces, such as a layer's tar stream."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._piece = memoryview(b"")
+
+    def read(self, n: int, /) -> bytes:
+        """At most ``n`` bytes, ``b""`` only at the end."""
+        while not self._piece:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return b""
+            self._piece = memoryview(piece)
+        data, self._piece = self._piece[:n], self._piece[n:]
+        return bytes(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        close = getattr(self._pieces, "close", None)
+        if close is not None:
+            close()
+
+
+class _StoredBlob:
+    """The blob of a lazy layer, in use until it is closed."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._held = contextlib.ExitStack()
+        self._stream, _ = self._held.enter_context(layer.blob())
+
+    def read(self, n: int, /) -> bytes:
+        try:
+            return self._stream.read(n)
+        except OSError as error:
+            raise CorruptStorage(f"the layer store fails: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.close()
+
+
+class _Bytes(io.BytesIO):
+    """A blob that is in memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+
+def _full_name(image: Image, text: str) -> str:
+    """The name of ``image`` that ``text`` means, "" if it is no name."""
+    try:
+        full = str(Reference.parse(text)) if text else ""
+    except InvalidReference:
+        full = ""
+    if full in image.names:
+        return full
+    return image.names[0] if image.names else ""
