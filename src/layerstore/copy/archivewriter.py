@@ -153,6 +153,8 @@ def _encode(info: tarfile.TarInfo) -> bytes:
 
 
 def _is_special(path: Path) -> bool:
+    if path.parts[:2] in (("/", "dev"), ("/", "proc")):
+        return True  # standard output may be a regular file, but it has no name to take
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -173,6 +173,21 @@ def machine_policy(ctx: CopyContext) -> Policy:
     return ctx.policy or Policy.load(home=Path(home) if home else None)
 
 
+def into_storage(source: ImageSource, ctx: CopyContext) -> IntoStorage:
+    """How ``pull_into`` brings ``source`` into a storage under the settings of a copy."""
+    policy = machine_policy(ctx)
+
+    def check(manifest: FetchedManifest, signatures: Sequence[bytes]) -> None:
+        policy.check(source.transport, source.identity, manifest.raw, signatures)
+
+    return IntoStorage(
+        platform=ctx.platform or Platform.host(),
+        check=check,
+        parallel=ctx.parallel,
+        listener=ctx.listener,
+    )
+
+
 def _into_storage(
     source: ImageSource, rest: str, ctx: CopyContext, options: CopyOptions
 ) -> CopyResult:
@@ -180,18 +195,7 @@ def _into_storage(
         raise UsageError("a storage holds images for one platform each: copy one at a time")
     store, name = open_storage(rest, ctx)
     reference = Reference.parse(name)
-    policy = machine_policy(ctx)
-
-    def check(manifest: FetchedManifest, signatures: Sequence[bytes]) -> None:
-        policy.check(source.transport, source.identity, manifest.raw, signatures)
-
-    how = IntoStorage(
-        platform=ctx.platform or Platform.host(),
-        check=check,
-        parallel=ctx.parallel,
-        listener=ctx.listener,
-    )
-    result = pull_into(store, source, [str(reference)], how)
+    result = pull_into(store, source, [str(reference)], into_storage(source, ctx))
     manifest = store.image(result.image_id).manifest()
     media_type = parse_manifest(manifest).media_type
     return CopyResult(result.digest, Digest.of(manifest), media_type, manifest, result.image_id)

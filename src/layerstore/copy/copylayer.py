@@ -139,7 +139,8 @@ class LayerCopier:
         if diff_id is None or plan.fixed:
             raise UnsupportedFormat(
                 "the source has the layer's files, but not its blob, and the manifest may not"
-                " be changed"
+                " be changed",
+                advice="a signed image can be copied with --remove-signatures",
             )
         form = self._form(Compression.NONE, plan)
         if form is Form.AS_IS:

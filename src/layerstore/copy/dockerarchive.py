@@ -83,11 +83,16 @@ def parse_name(text: str) -> tuple[Path, str | None]:
 class DockerArchive:
     """An archive opened for reading; ``images`` are what it says it holds."""
 
-    def __init__(self, path: Path, *, scratch: Path | None = None) -> None:
-        """Raises ``NotFound``, ``StorageError``, ``InvalidLayer`` and ``InvalidManifest``."""
+    def __init__(
+        self, path: Path, *, scratch: Path | None = None, files: TarFiles | None = None
+    ) -> None:
+        """``files`` is the archive where it is open already.
+
+        Raises ``NotFound``, ``StorageError``, ``InvalidLayer`` and ``InvalidManifest``.
+        """
         self.path = path
         self.subject = f"docker-archive:{path}"
-        self.files = TarFiles(path, self.subject, scratch=scratch)
+        self.files = files or TarFiles(path, self.subject, scratch=scratch)
         try:
             self.images = self._read()
         except BaseException:

@@ -12,6 +12,7 @@ from layerstore.copy.context import CopyContext
 from layerstore.copy.dirlayout import DirDestination, DirSource
 from layerstore.copy.docker import RegistryImage
 from layerstore.copy.ociarchive import OciArchiveDestination, OciArchiveSource
+from layerstore.copy.storage_source import StorageSource
 from layerstore.copy.transport import ImageDestination, ImageSource
 from layerstore.errors import UsageError
 from layerstore.graphroot.location import parse_storage_name
@@ -79,10 +80,7 @@ def open_source(name: str | ImageName, ctx: CopyContext) -> ImageSource:
         case "dir":
             return DirSource(Path(name.rest))
         case _:
-            from layerstore.copy.storage_source import StorageSource  # noqa: PLC0415
-
-            store, image = open_storage(name.rest, ctx)
-            return StorageSource(store, image)
+            return StorageSource.open(*open_storage(name.rest, ctx))
 
 
 def open_destination(

@@ -19,9 +19,16 @@ class OciArchiveSource(OciReader):
 
     transport = "oci-archive"
 
-    def __init__(self, path: Path, tag: str | None, *, scratch: Path | None = None) -> None:
-        files = TarFiles(path, f"oci-archive:{path}", scratch=scratch)
-        super().__init__(files, path, tag)
+    def __init__(
+        self,
+        path: Path,
+        tag: str | None,
+        *,
+        scratch: Path | None = None,
+        files: TarFiles | None = None,
+    ) -> None:
+        """``files`` is the archive where it is open already."""
+        super().__init__(files or TarFiles(path, f"oci-archive:{path}", scratch=scratch), path, tag)
 
 
 class OciArchiveDestination(ImageDestination):

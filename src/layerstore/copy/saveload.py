@@ -1,0 +1,193 @@
+"""``save`` and ``load``: images of the storage in archives and directories, as Podman does."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from layerstore.copy import dockerarchive
+from layerstore.copy.archivereader import TarFiles
+from layerstore.copy.context import CopyContext
+from layerstore.copy.copyimage import CopyOptions, copy_between, into_storage
+from layerstore.copy.dirlayout import DirSource
+from layerstore.copy.manifestedit import Family
+from layerstore.copy.names import ImageName, open_destination
+from layerstore.copy.ociarchive import OciArchiveSource
+from layerstore.copy.ocilayout import OciLayout, OciReader
+from layerstore.copy.recompress import Form
+from layerstore.copy.storage_destination import pull_into
+from layerstore.copy.storage_source import StorageSource
+from layerstore.copy.transport import ImageSource
+from layerstore.errors import InvalidManifest, InvalidReference, UsageError
+from layerstore.graphroot.images import Image, resolve
+from layerstore.graphroot.store import Store
+from layerstore.image import Reference
+
+_NOT_IN_NAMES: Final = re.compile(r"[^a-z0-9._/-]+")
+
+
+class SaveFormat(enum.StrEnum):
+    """What ``save`` writes."""
+
+    DOCKER_ARCHIVE = "docker-archive"
+    OCI_ARCHIVE = "oci-archive"
+    DOCKER_DIR = "docker-dir"
+    OCI_DIR = "oci-dir"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """An image that is in the storage now."""
+
+    image_id: str
+    names: tuple[str, ...]
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """What Podman says was loaded: the names, or the id of an image without one."""
+        return self.names or (f"sha256:{self.image_id}",)
+
+
+def save(
+    store: Store,
+    images: Sequence[str],
+    output: Path,
+    ctx: CopyContext,
+    *,
+    save_format: SaveFormat = SaveFormat.DOCKER_ARCHIVE,
+    several: bool = False,
+    compress: bool = False,
+    uncompressed: bool = False,
+) -> None:
+    """Write images of ``store`` to ``output``.
+
+    All of ``images`` with ``several``, which only ``docker-archive`` can hold; otherwise the
+    first, and the others are further names of it.  ``compress`` packs the layers in a
+    ``docker-dir``, ``uncompressed`` leaves them plain in the OCI forms.
+
+    Raises ``UnknownObject``, ``UsageError`` and what copying does.
+    """
+    if compress and save_format is not SaveFormat.DOCKER_DIR:
+        raise UsageError("layers are packed on demand in docker-dir only")
+    if uncompressed and save_format not in (SaveFormat.OCI_ARCHIVE, SaveFormat.OCI_DIR):
+        raise UsageError("layers are left plain on demand in oci-archive and oci-dir only")
+    if several and save_format is not SaveFormat.DOCKER_ARCHIVE:
+        raise UsageError("only docker-archive holds several images")
+    if save_format is SaveFormat.DOCKER_ARCHIVE:
+        _save_docker_archive(store, images, output, ctx, several=several)
+        return
+    if len(images) > 1:
+        raise UsageError("only docker-archive knows further names of an image")
+    image, name = resolve(store.images(), images[0])
+    options = CopyOptions(remove_signatures=True)
+    rest = str(output)
+    if save_format is SaveFormat.DOCKER_DIR:
+        form = Form.GZIP if compress else None
+        options = CopyOptions(format=Family.DOCKER, compression=form, remove_signatures=True)
+    else:
+        rest = f"{rest}:{name}" if name else rest
+        if uncompressed:
+            options = CopyOptions(compression=Form.PLAIN, remove_signatures=True)
+    transport = {
+        SaveFormat.DOCKER_DIR: "dir",
+        SaveFormat.OCI_DIR: "oci",
+        SaveFormat.OCI_ARCHIVE: "oci-archive",
+    }[save_format]
+    destination = open_destination(ImageName(transport, rest), ctx)
+    with (
+        contextlib.closing(StorageSource(image, name)) as source,
+        contextlib.closing(destination),
+    ):
+        copy_between(source, destination, ctx, options)
+
+
+def _save_docker_archive(
+    store: Store, texts: Sequence[str], output: Path, ctx: CopyContext, *, several: bool
+) -> None:
+    wanted: dict[str, tuple[Image, list[Reference]]] = {}
+    known = store.images()
+    for text in texts if several else texts[:1]:
+        image, name = resolve(known, text)
+        _, names = wanted.setdefault(image.id, (image, []))
+        if name and (reference := Reference.parse(name)).tag is not None:
+            names.append(reference)
+    if not several:
+        for _, names in wanted.values():
+            names.extend(map(dockerarchive.archive_tag, texts[1:]))
+    archive = dockerarchive.DockerArchiveWriter(output, scratch=ctx.scratch)
+    with contextlib.ExitStack() as stack:
+        stack.callback(archive.abort)
+        for image, names in wanted.values():
+            source = stack.enter_context(contextlib.closing(StorageSource(image)))
+            options = CopyOptions(remove_signatures=True)
+            copy_between(source, archive.image(list(dict.fromkeys(names))), ctx, options)
+        archive.finish()
+
+
+def load(store: Store, path: Path, ctx: CopyContext) -> tuple[LoadedImage, ...]:
+    """Bring all images of an archive or directory into ``store``.
+
+    Raises ``InvalidManifest`` for what holds no images, and what ``pull_into`` does; images
+    loaded before an error stay.
+    """
+    loaded: dict[str, LoadedImage] = {}
+    with contextlib.ExitStack() as stack:
+        for source, names in _images_in(path, ctx, stack):
+            result = pull_into(store, source, names, into_storage(source, ctx))
+            before = loaded.get(result.image_id, LoadedImage(result.image_id, ()))
+            merged = tuple(dict.fromkeys((*before.names, *names)))
+            loaded[result.image_id] = LoadedImage(result.image_id, merged)
+    return tuple(loaded.values())
+
+
+def _images_in(
+    path: Path, ctx: CopyContext, stack: contextlib.ExitStack
+) -> Iterator[tuple[ImageSource, list[str]]]:
+    """The images at ``path``, and what they are called there."""
+    if path.is_dir():
+        if (path / "index.json").exists():
+            for number, _ in enumerate(OciLayout(path, None).entries()):
+                layout = OciLayout(path, f"@{number}")
+                yield layout, _name_in_layout(layout, number)
+        elif (path / "manifest.json").exists():
+            yield DirSource(path), _local_name(os.path.realpath(path))
+        else:
+            raise InvalidManifest("the directory holds no image", subject=str(path))
+        return
+    files = TarFiles(path, str(path), scratch=ctx.scratch)
+    stack.callback(files.close)
+    # The archives of new versions of Docker are both.
+    if "index.json" in files and "oci-layout" in files:
+        for number, _ in enumerate(OciArchiveSource(path, None, files=files).entries()):
+            one = OciArchiveSource(path, f"@{number}", files=files)
+            yield one, _name_in_layout(one, number)
+        return
+    archive = dockerarchive.DockerArchive(path, files=files)
+    for number in range(len(archive.images)):
+        image = archive.image(number)
+        yield image, [str(name) for name in image.names]
+
+
+def _name_in_layout(layout: OciReader, number: int) -> list[str]:
+    name = layout.entries()[number].name
+    return [] if name is None else _local_name(name)
+
+
+def _local_name(text: str) -> list[str]:
+    """A name as Podman completes those of its own images: ``localhost/`` where no host is."""
+    first, slash, _ = text.partition("/")
+    if text.startswith("/"):
+        text = f"localhost/{_NOT_IN_NAMES.sub('-', text.lower()).strip('/')}"
+    elif not slash or not ("." in first or ":" in first or first == "localhost"):
+        text = f"localhost/{text}"
+    try:
+        reference = Reference.parse(text)
+    except InvalidReference:
+        return []  # any text may stand there; without a name the image has its id
+    return [str(reference)] if reference.digest is None else []
