@@ -127,8 +127,11 @@ class ImageEdit:
     def sweep(self) -> None:
         """Remove the directories of all images that have no record.
 
-        Everybody writes both under the lock, so these are what a crash left.
+        Everybody writes both under the lock, so these are what a crash left.  Without
+        any record nothing is removed: then it may be the table that was lost.
         """
+        if not self._records:
+            return
         with contextlib.suppress(OSError), os.scandir(self.area.directory) as entries:
             for entry in entries:
                 if _ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):

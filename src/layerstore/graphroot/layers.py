@@ -77,13 +77,17 @@ class LayerArea:
             if self.read_only or self.table.lock.held:
                 found = tuple(record for record in found if not record.incomplete)
             else:
-                with self.editing() as edit:
-                    found = edit.records
+                try:
+                    with self.editing() as edit:
+                        found = edit.records
+                except StorageError as error:
+                    _log.warning("incomplete layers cannot be deleted: %s", error)
+                    found = tuple(record for record in found if not record.incomplete)
         return found
 
     def mount_path(self, layer: str) -> Path:
         """Where the layer is mounted when it is: not in a store that may be read-only."""
-        if self.read_only:
+        if self.additional:
             return self.run_directory.parent / "overlay" / checked_component(layer) / "merged"
         return self.overlay.directory(layer) / "merged"
 
