@@ -43,6 +43,7 @@ VERBS: Final = {
         "rmi": "images:rmi",
         "mount": "mounts:mount",
         "umount": "mounts:umount",
+        "diff": "layers:diff",
         "prune": "prune:prune",
         "check": "check:app",
     },

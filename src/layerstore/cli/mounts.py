@@ -17,6 +17,7 @@ from layerstore.cli.common import (
 from layerstore.errors import LayerstoreError, UnknownObject, UsageError
 from layerstore.graphroot import mounts
 from layerstore.graphroot.containers import Container
+from layerstore.graphroot.describe import image_or_container
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.mounted import mounted
 from layerstore.graphroot.store import Store
@@ -42,7 +43,7 @@ def mount(
     found = []
     for name in names:
         try:
-            owner = _find(store, name)
+            owner = image_or_container(store, name)
             if isinstance(owner, Container):
                 path = mounts.mount_container(store, owner)
             elif read_write:
@@ -109,7 +110,7 @@ def umount(
     undone: list[str] = []
     for name in names:
         try:
-            owner = _find(store, name)
+            owner = image_or_container(store, name)
             if _unmount(store, owner, force=force):
                 undone.append(owner.id if isinstance(owner, Image) else name)
         except LayerstoreError as error:
@@ -132,15 +133,3 @@ def _unmount(store: Store, owner: Image | Container, *, force: bool) -> bool:
     except UnknownObject:
         return False
     return True
-
-
-def _find(store: Store, name: str) -> Image | Container:
-    """A container comes before an image of the same name, as for Podman."""
-    try:
-        return store.container(name)
-    except UnknownObject:
-        pass
-    try:
-        return store.image(name)
-    except UnknownObject:
-        raise UnknownObject("no such image or container", subject=name) from None

@@ -6,11 +6,12 @@ comes from, which Podman does not tell.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from layerstore.errors import CorruptStorage, InvalidReference, LayerstoreError
+from layerstore.errors import CorruptStorage, InvalidReference, LayerstoreError, UnknownObject
 from layerstore.graphroot.records import parse_time
 from layerstore.graphroot.usage import parents
 from layerstore.image import Reference
@@ -36,6 +37,16 @@ class Step:
     size: int
     comment: str
     tags: tuple[str, ...]
+
+
+def image_or_container(store: Store, text: str) -> Image | Container:
+    """What ``text`` means; a container comes before an image of the same name, as for Podman.
+
+    Raises ``UnknownObject``.
+    """
+    with contextlib.suppress(UnknownObject):
+        return store.container(text)
+    return store.image(text)
 
 
 def history(image: Image) -> list[Step]:
