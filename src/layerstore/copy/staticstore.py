@@ -141,8 +141,11 @@ class StaticStore:
         try:
             _take(descriptor, fcntl.LOCK_EX, waiting)
             self._clear()
-            yield
-            self._clear()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError, StorageError):  # the next run has another try
+                    self._clear()
         except OSError as error:
             raise self._failed("cannot be written", error) from error
         finally:
