@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
 from layerstore import limits
+from layerstore.copy.lookaside import Lookaside
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
 from layerstore.errors import NetworkError, RegistryError
 from layerstore.formats import Compression
@@ -72,6 +74,13 @@ class RegistryImage(ImageSource, ImageDestination):
         ) as reader:
             _skip(reader, offset - reader.start)
             return reader.read(length)
+
+    def signatures(self, digest: Digest) -> tuple[bytes, ...]:
+        """What lies where registries.d says; raises ``ConfigError`` and errors of reading."""
+        place = self._client.served_by(self.reference)
+        physical = replace(self.reference, domain=place.host, path=place.path)
+        settings = self._client.settings
+        return Lookaside.from_system(settings, env=settings.helper_env).signatures(physical, digest)
 
     def close(self) -> None:
         """See ``ImageSource`` and ``ImageDestination``."""
