@@ -35,8 +35,9 @@ class ArchiveWriter:
         self._lock = threading.Lock()
         self._end = 0
         try:
-            self._target = Path(os.path.realpath(target))
             self._special = _is_special(target)
+            # The name behind a link to a pipe is none that could be opened.
+            self._target = target if self._special else Path(os.path.realpath(target))
             directory = scratch_directory(scratch) if self._special else self._target.parent
             self._descriptor, temporary = tempfile.mkstemp(
                 dir=directory, prefix=f".{self._target.name[:64]}-"

@@ -80,7 +80,7 @@ def open_source(name: str | ImageName, ctx: CopyContext) -> ImageSource:
         case "dir":
             return DirSource(Path(name.rest))
         case _:
-            return StorageSource.open(*open_storage(name.rest, ctx))
+            return StorageSource(*open_storage(name.rest, ctx))
 
 
 def open_destination(

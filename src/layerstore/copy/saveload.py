@@ -101,7 +101,7 @@ def save(
     }[save_format]
     destination = open_destination(ImageName(transport, rest), ctx)
     with (
-        contextlib.closing(StorageSource(image, name)) as source,
+        contextlib.closing(StorageSource(store, name or image.id)) as source,
         contextlib.closing(destination),
     ):
         copy_between(source, destination, ctx, options)
@@ -124,7 +124,7 @@ def _save_docker_archive(
     with contextlib.ExitStack() as stack:
         stack.callback(archive.abort)
         for image, names in wanted.values():
-            source = stack.enter_context(contextlib.closing(StorageSource(image)))
+            source = stack.enter_context(contextlib.closing(StorageSource(store, image.id)))
             options = CopyOptions(remove_signatures=True)
             copy_between(source, archive.image(list(dict.fromkeys(names))), ctx, options)
         archive.finish()
