@@ -91,9 +91,8 @@ def _name_damage(store: StaticStore, name: Name) -> str | None:
     digest = store.layer_of(name)
     if digest is None:
         return "diff and blob are no links to one layer"
-    try:
-        record = read_record(store.layer_directory(digest))
-    except (OSError, StorageError):
+    record = store.layer(digest)
+    if record is None:
         return f"leads to the layer {digest}, which is damaged or not there"
     if name.digest not in (record.digest, *record.tocs):
         return f"is no name of the layer {digest}"
