@@ -127,6 +127,7 @@ LAYER_INFO_BYTES: Final = 1 * MIB  # `info` of a layer in an additional layer st
 UNUSED_LAYER_SECONDS: Final = 3600.0  # a younger layer may belong to a pull that is under way
 LAYER_STORE_SECONDS: Final = RESOLVE_ANSWER_SECONDS + 3.0  # a store has for one lookup
 REPAIR_WAYS: Final = 64  # chains of ids followed at once when layer records are made again
+RETIRED_SECONDS: Final = 600.0  # a layer of a published store stays so long after its image
 ORPHAN_SECONDS: Final = 3600.0  # a layer may be in the memory of its puller so long
 REPAIR_QUIET_SECONDS: Final = 0.5  # without a release, before records are looked through
 REPAIR_PATIENCE_SECONDS: Final = 10.0  # at most, while releases go on

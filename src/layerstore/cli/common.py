@@ -51,10 +51,20 @@ class StorageFlags:
     storage_driver: Annotated[str | None, Parameter(help="Storage driver [storage.conf].")] = None
     storage_opt: Annotated[tuple[str, ...], option("Storage option; may be repeated.")] = ()
 
+    store: Annotated[
+        Path | None,
+        Parameter(help="An image store of its own, published to Podman as additionalimagestores."),
+    ] = None
+
     def config(self) -> StorageConfig:
-        """Raises ``ConfigError``."""
+        """Raises ``ConfigError``, ``UsageError``."""
+        from layerstore.graphroot.published import store_config  # noqa: PLC0415
         from layerstore.graphroot.storageconf import StorageConfig  # noqa: PLC0415
 
+        if self.store is not None:
+            if self.root is not None or self.runroot is not None or self.storage_driver is not None:
+                raise UsageError("--store names the storage: --root and the like are of another")
+            return store_config(self.store.absolute(), self.storage_opt)
         return StorageConfig.from_system(
             root=None if self.root is None else self.root.absolute(),
             run_root=None if self.runroot is None else self.runroot.absolute(),
@@ -64,8 +74,15 @@ class StorageFlags:
 
     def open(self, *, read_only: bool = False) -> Store:
         """Raises ``ConfigError``, ``StorageError``."""
+        from layerstore.graphroot.published import Published  # noqa: PLC0415
         from layerstore.graphroot.store import Store  # noqa: PLC0415
 
+        if self.store is not None and Published.of(self.store.absolute()) is None:
+            raise UsageError(
+                "no published image store",
+                subject=str(self.store),
+                advice="layerstore pull makes one",
+            )
         return Store.open(self.config(), read_only=read_only)
 
 

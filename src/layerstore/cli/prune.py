@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from layerstore import limits
 from layerstore.cli.common import (
     STORAGE,
     Json,
@@ -11,6 +12,7 @@ from layerstore.cli.common import (
     StorageFlags,
     confirmed,
     human_size,
+    option,
     print_json,
     switch,
 )
@@ -26,6 +28,9 @@ def prune(
         bool, switch("Remove all images that no container uses.", "--all", "-a")
     ] = False,
     force: Annotated[bool, switch("Do not ask for confirmation.", "--force", "-f")] = False,
+    grace: Annotated[
+        float, option("With --store: seconds that a layer stays after its image.", "--grace")
+    ] = limits.RETIRED_SECONDS,
     quiet: Quiet = False,
     json: Json = False,
     storage: StorageFlags = STORAGE,
@@ -33,7 +38,7 @@ def prune(
     """Remove what nobody needs: dangling images, layers of no image, what dead processes left."""
     if not force and not confirmed(_ALL if all_images else _DANGLING):
         return
-    result = prune_storage(storage.open(), all_images=all_images)
+    result = prune_storage(storage.open(), all_images=all_images, retired_seconds=grace)
     if json:
         print_json(
             {

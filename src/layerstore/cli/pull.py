@@ -23,7 +23,9 @@ from layerstore.copy.policy import Policy
 from layerstore.copy.pull import PullOptions, When, registry_host
 from layerstore.copy.pull import pull as pull_image
 from layerstore.copy.storage_destination import PullResult
-from layerstore.errors import LayerstoreError
+from layerstore.errors import LayerstoreError, UsageError
+from layerstore.graphroot import deletion
+from layerstore.graphroot.published import Published, client_roots
 from layerstore.image import Platform
 
 
@@ -43,6 +45,10 @@ def pull(
     parallel: Annotated[
         int, option("Layers on their way at once.", "--parallel")
     ] = limits.PULL_PARALLEL,
+    client: Annotated[
+        tuple[Path, ...],
+        option("With --store: a graph root whose containers use the store; may be repeated."),
+    ] = (),
     quiet: Quiet = False,
     json: Json = False,
     registry: RegistryFlags = REGISTRY,
@@ -52,6 +58,11 @@ def pull(
 
     NAME is a name such as docker.io/library/alpine:3, or TRANSPORT:NAME.  Prints the IDs.
     """
+    if storage.store is not None:
+        directory = storage.store.absolute()
+        Published.publish(directory, (*client_roots(directory), *client))
+    elif client:
+        raise UsageError("--client goes with --store")
     store = storage.open()
     wanted = None if platform is None else Platform.parse(platform)
     judged_by = None if signature_policy is None else Policy.load(signature_policy)
@@ -78,6 +89,7 @@ def pull(
             reports.append(_report(text, result))
         else:
             print(result.image_id, flush=True)
+    deletion.retire(store)
     if json:
         print_json(reports)
     finish(errors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerstore import limits
 from layerstore.copy import spool
 from layerstore.graphroot import cleanup
 
@@ -12,12 +13,17 @@ if TYPE_CHECKING:
     from layerstore.graphroot.store import Store
 
 
-def prune(store: Store, *, all_images: bool = False) -> cleanup.Pruned:
+def prune(
+    store: Store,
+    *,
+    all_images: bool = False,
+    retired_seconds: float = limits.RETIRED_SECONDS,
+) -> cleanup.Pruned:
     """Remove what ``cleanup.prune`` does, and the partial blobs that no pull is working on.
 
     What dead processes staged is removed whenever a store is opened for writing.
     """
-    result = cleanup.prune(store, all_images=all_images)
+    result = cleanup.prune(store, all_images=all_images, retired_seconds=retired_seconds)
     partial = store.config.graph_root / spool.DIRECTORY
     before = _size(partial)
     spool.Spool(store.config.graph_root).expire(seconds=0.0)

@@ -8,12 +8,12 @@ at this moment, whose record comes last; so young ones stay.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from layerstore import limits
 from layerstore.errors import InUse, LayerstoreError, UnknownObject
+from layerstore.graphroot import deletion
 from layerstore.graphroot.records import parse_time
 
 if TYPE_CHECKING:
@@ -74,10 +74,12 @@ def prune(
     *,
     all_images: bool = False,
     grace_seconds: float = limits.UNUSED_LAYER_SECONDS,
+    retired_seconds: float = limits.RETIRED_SECONDS,
 ) -> Pruned:
     """Remove dangling images, with ``all_images`` all without a container, and unused layers.
 
-    Layers that are younger than ``grace_seconds``, or that have a name, stay.
+    Layers that are younger than ``grace_seconds``, or that have a name, stay; those of a
+    published store until nobody has needed them for ``retired_seconds``.
     """
     images = {image.id: image for image in store.images()}
     sizes = {layer.id: _local_size(layer) for layer in store.layers()}
@@ -90,7 +92,8 @@ def prune(
             result.reclaimed += sum(_documents_size(images.get(image)) for image in gone)
         result.layers += removed.deleted_layers
     newest = (time.time() - grace_seconds) * 1e9
-    for layer in list(_unused(store)):
+    result.layers += deletion.retire(store, seconds=retired_seconds)
+    for layer in deletion.unused_layers(store) if store.published is None else ():
         if layer.names or (parse_time(layer.record.created) or 0) > newest:
             continue
         try:
@@ -100,31 +103,6 @@ def prune(
         result.layers.append(layer.id)
     result.reclaimed += sum(sizes.get(layer, 0) for layer in result.layers)
     return result
-
-
-def _unused(store: Store) -> Iterator[Layer]:
-    """The layers of the graph root that no image and no container needs, children first."""
-    layers = {layer.id: layer for layer in store.layers()}
-    used: set[str] = set()
-    tops = [container.layer_id for container in store.containers()]
-    for image in store.images():
-        tops += [image.top_layer, *image.record.mapped_layers]
-    while tops:
-        top = tops.pop()
-        if top in layers and top not in used:
-            used.add(top)
-            tops.append(layers[top].parent)
-    left = [layer for layer in layers.values() if layer.id not in used and not layer.read_only]
-    yield from sorted(left, key=lambda layer: -_depth(layer, layers))
-
-
-def _depth(layer: Layer, layers: dict[str, Layer]) -> int:
-    depth, seen = 0, {layer.id}
-    while layer.parent in layers and layer.parent not in seen:
-        layer = layers[layer.parent]
-        seen.add(layer.id)
-        depth += 1
-    return depth
 
 
 def _local_size(layer: Layer) -> int:

@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from layerstore import limits
 from layerstore.errors import InUse, UnknownObject
 from layerstore.graphroot.containers import ContainerArea
 from layerstore.graphroot.images import Image, ImageArea, with_names
-from layerstore.graphroot.layers import LayerArea
+from layerstore.graphroot.layers import Layer, LayerArea
+from layerstore.graphroot.published import Published
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
 from layerstore.graphroot.usage import parents
 
@@ -88,8 +90,13 @@ def remove_image(
     *,
     force: bool = False,
     only_nameless: bool = False,
+    published: Published | None = None,
 ) -> Removed:
-    """Untag or delete an image of this graph root that was called ``name`` ("": by id)."""
+    """Untag or delete an image of this graph root that was called ``name`` ("": by id).
+
+    The layers of a ``published`` store stay until ``retire``.
+    """
+    users = published.image_users(image_id) if published is not None and not force else []
     with (
         layer_area.editing() as layers,
         image_area.editing() as images,
@@ -115,8 +122,16 @@ def remove_image(
         used = [container.id for container in containers if container.image == image_id]
         if used:
             raise InUse(f"the image is used by container {used[0]}", subject=name or image_id)
+        if users:
+            raise InUse(
+                f"a client's container {users[0]} was made from the image",
+                subject=name or image_id,
+                advice="force keeps its layers, but not the image",
+            )
         known = {layer.id: layer for layer in layers.records}
-        doomed = layers_to_delete(record, images.records, known, containers)
+        doomed: tuple[str, ...] = ()
+        if published is None:
+            doomed = layers_to_delete(record, images.records, known, containers)
         images.delete(image_id)
         layers.delete(doomed)
     return Removed(record.names, image_id, doomed)
@@ -156,14 +171,15 @@ def remove_with_parents(
     """``remove_image``, then the nameless images that only the deleted one was built from."""
     above = parents(images) if not all(other.names for other in images) else {}
     areas = store.layer_area, store.image_area, store.container_area
-    removed = remove_image(*areas, image.id, name, force=force)
+    published = store.published
+    removed = remove_image(*areas, image.id, name, force=force, published=published)
     child = removed.deleted_image
     while child is not None:
         parent = above.pop(child, None)
         if parent is None or parent in above.values():
             break
         try:
-            more = remove_image(*areas, parent, "", only_nameless=True)
+            more = remove_image(*areas, parent, "", only_nameless=True, published=published)
         except (InUse, UnknownObject):
             break
         removed = replace(
@@ -173,6 +189,52 @@ def remove_with_parents(
         )
         child = parent
     return removed
+
+
+def unused_layers(store: Store) -> list[Layer]:
+    """The layers of the graph root that no image and no container needs, children first."""
+    layers = {layer.id: layer for layer in store.layers()}
+    used: set[str] = set()
+    tops = [container.layer_id for container in store.containers()]
+    for image in store.images():
+        tops += [image.top_layer, *image.record.mapped_layers]
+    while tops:
+        top = tops.pop()
+        if top in layers and top not in used:
+            used.add(top)
+            tops.append(layers[top].parent)
+    left = [layer for layer in layers.values() if layer.id not in used and not layer.read_only]
+    return sorted(left, key=lambda layer: -_depth(layer, layers))
+
+
+def _depth(layer: Layer, layers: dict[str, Layer]) -> int:
+    depth, seen = 0, {layer.id}
+    while layer.parent in layers and layer.parent not in seen:
+        layer = layers[layer.parent]
+        seen.add(layer.id)
+        depth += 1
+    return depth
+
+
+def retire(store: Store, *, seconds: float = limits.RETIRED_SECONDS) -> tuple[str, ...]:
+    """Delete the layers of a published store that nobody has needed for so long; their ids.
+
+    Layers without an image that come to notice now are noted down, and go at a later call.
+    """
+    published = store.published
+    if published is None:
+        return ()
+    unused = [layer.id for layer in unused_layers(store)]
+    needed = published.needed(store.layer_area) if unused else set()
+    noted, going = published.due(unused, needed, seconds=seconds)
+    gone = []
+    for layer in going:
+        with contextlib.suppress(InUse, UnknownObject):  # used again, or somebody was faster
+            delete_layer(store.layer_area, store.image_area, store.container_area, layer)
+            gone.append(layer)
+    if noted != published:
+        noted.save()
+    return tuple(gone)
 
 
 def prune(store: Store, *, all_images: bool) -> list[Removed]:
@@ -200,5 +262,6 @@ def prune(store: Store, *, all_images: bool) -> list[Removed]:
                         "",
                         force=all_images,
                         only_nameless=not all_images,
+                        published=store.published,
                     )
                 )

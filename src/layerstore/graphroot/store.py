@@ -44,6 +44,7 @@ from layerstore.graphroot.images import (
 from layerstore.graphroot.layers import Layer, LayerArea
 from layerstore.graphroot.lockfile import LockFile
 from layerstore.graphroot.overlay import RootAttributes
+from layerstore.graphroot.published import Published
 from layerstore.graphroot.records import (
     EXPECTED_DIFF_ID,
     ImageRecord,
@@ -82,6 +83,7 @@ class Store:
         self.image_area: Final = ImageArea(root, read_only=read_only)
         self.container_area: Final = ContainerArea(root, read_only=read_only)
         self.layer_areas: Final = (self.layer_area, *(layers for layers, _ in others))
+        self.published: Published | None = Published.of(root)
         self.image_areas: Final = (self.image_area, *(images for _, images in others))
 
     @classmethod
@@ -308,6 +310,8 @@ class Store:
     def delete_layer(self, layer_id: str) -> None:
         """Delete one layer; raises ``InUse`` if anything needs it, ``UnknownObject``."""
         self._want_writable()
+        if self.published is not None and layer_id in self.published.needed(self.layer_area):
+            raise InUse("a client of this image store needs it", subject=layer_id)
         deletion.delete_layer(self.layer_area, self.image_area, self.container_area, layer_id)
 
     # -- images ----------------------------------------------------------------
