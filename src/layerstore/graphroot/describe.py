@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from layerstore.errors import CorruptStorage, InvalidReference, LayerstoreError, UnknownObject
-from layerstore.graphroot.records import parse_time
+from layerstore.graphroot.records import parse_time, time_text
 from layerstore.graphroot.usage import parents
 from layerstore.image import Reference
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from layerstore.graphroot.store import Store
     from layerstore.graphroot.usage import ImageSummary
 
+_SECOND: Final = 1_000_000_000  # in nanoseconds
 MISSING: Final = "<missing>"
 """The id of a step of a history whose image is not here."""
 
@@ -201,7 +202,7 @@ def _ancestors(image: Image) -> dict[int, Image]:
 def summary_document(summary: ImageSummary) -> dict[str, Any]:
     """One image of ``podman images --format json``."""
     image = summary.image
-    created = parse_time(image.created)
+    seconds = (parse_time(image.created) or 0) // _SECOND
     return {
         "Id": image.id,
         "ParentId": summary.parent,
@@ -216,8 +217,8 @@ def summary_document(summary: ImageSummary) -> dict[str, Any]:
         "Names": list(image.names),
         "Digest": image.digest or "",
         "History": list(image.record.names_history),
-        "Created": 0 if created is None else created // 1_000_000_000,
-        "CreatedAt": image.created,
+        "Created": seconds,
+        "CreatedAt": time_text(seconds * _SECOND),
     }
 
 

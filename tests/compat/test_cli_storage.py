@@ -1,0 +1,322 @@
+"""Each verb of ours on a graph root that the real Podman works on, too, and the reverse."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import images
+from lab.podman import CommandError, PodmanEnv, run
+
+NAME = "localhost/small:1"
+
+
+class Ours:
+    """The command line of layerstore in a Podman environment."""
+
+    def __init__(self, env: PodmanEnv) -> None:
+        self._env = env
+
+    def __call__(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return run(
+            [sys.executable, "-m", "layerstore.cli", *arguments], self._env.environment(), check
+        )
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self(*arguments, "--json").stdout)
+
+
+@pytest.fixture
+def env(podman_env: PodmanEnv) -> PodmanEnv:
+    podman_env.skopeo("copy", "-q", images.small_image().source, f"containers-storage:{NAME}")
+    return podman_env
+
+
+@pytest.fixture
+def ours(env: PodmanEnv) -> Ours:
+    return Ours(env)
+
+
+def same_text(env: PodmanEnv, ours: Ours, *arguments: str) -> str:
+    """What both print, which is the same."""
+    for attempt in range(3):
+        theirs = env.podman(*arguments).stdout
+        if theirs == ours(*arguments).stdout or attempt == 2:
+            break
+        time.sleep(1.1)  # "1 second ago" in the one, "2 seconds ago" in the other
+    assert ours(*arguments).stdout == theirs
+    return theirs
+
+
+def commit(env: PodmanEnv, container: str, name: str) -> str:
+    return env.podman("commit", "-q", container, name).stdout.strip()
+
+
+def build(env: PodmanEnv) -> tuple[str, str]:
+    """An image in two steps, the first of which loses its name: their ids."""
+    env.podman("create", "--name", "c1", NAME, "sh")
+    step = commit(env, "c1", "built:1")
+    env.podman("create", "--name", "c2", "built:1", "sh")
+    last = commit(env, "c2", "built:1")
+    return step, last
+
+
+def untidy(env: PodmanEnv, container: str) -> None:
+    """Add, change and delete files in a container, some of them those of the engine."""
+    top = Path(env.podman("mount", container).stdout.strip())
+    for name in ("run/x", "proc/a", "tmp/q", "etc"):
+        (top / name).mkdir(parents=True, exist_ok=True)
+    (top / "etc/hosts").write_text("engine's\n")
+    (top / "etc/ours").write_text("new\n")
+    (top / "app/hello").unlink()
+    (top / "data/small/001.txt").write_text("changed\n")
+    env.podman("umount", container)
+
+
+# -- reading --------------------------------------------------------------------------
+
+
+def test_lists_have_the_same_text(env: PodmanEnv, ours: Ours) -> None:
+    env.podman("tag", NAME, "quay.io/team/app:v1")
+    for arguments in (
+        ("images",),
+        ("images", "-a"),
+        ("images", "-q"),
+        ("images", "-q", "--no-trunc"),
+        ("images", "--digests", "--no-trunc"),
+        ("images", "--noheading"),
+        ("images", "app"),
+        ("images", "a*"),
+        ("images", "nothing"),
+        ("images", "--filter", "reference=quay.io/*/*"),
+        ("images", "--filter", "dangling=true"),
+    ):
+        same_text(env, ours, *arguments)
+
+
+def test_intermediate_images_and_history_have_the_same_text(env: PodmanEnv, ours: Ours) -> None:
+    step, _ = build(env)
+    assert step[:12] not in same_text(env, ours, "images")
+    assert step[:12] in ours("images", "-a").stdout
+    ids = ("images", "-aq")
+    assert set(ours(*ids).stdout.split()) == set(env.podman(*ids).stdout.split())
+    # 5.4 writes sizes without a space; time passes between the two calls.
+    assert _steps(ours("history", "built:1").stdout) == _steps(
+        env.podman("history", "built:1").stdout
+    )
+    assert same_text(env, ours, "history", "-q", NAME).splitlines()[1:] == ["<missing>"] * 2
+
+
+def _steps(text: str) -> list[str]:
+    without_age = re.sub(r"(Less than a|\d+) (second|year)s? ago", "", text)
+    return re.sub(r"(\d)(kB|MB)", r"\1 \2", without_age).split()
+
+
+def test_inspect_has_all_that_podman_tells(env: PodmanEnv, ours: Ours) -> None:
+    build(env)
+    for name in (NAME, "built:1"):
+        (theirs,) = json.loads(env.podman("image", "inspect", name).stdout)
+        (document,) = ours.json("inspect", name)
+        layers = document.pop("Layers")
+        assert document == theirs
+        assert [layer["DiffID"] for layer in layers] == theirs["RootFS"]["Layers"]
+        assert all(layer["Source"] == "local" for layer in layers)
+        assert all(Path(layer["DiffPath"]).is_dir() for layer in layers)
+
+
+def test_json_of_images_agrees(env: PodmanEnv, ours: Ours) -> None:
+    build(env)
+    theirs = {
+        each["Id"]: each for each in json.loads(env.podman("images", "-a", "--format=json").stdout)
+    }
+    found = ours.json("images", "-a")
+    assert {each["Id"] for each in found} == set(theirs)
+    for each in found:
+        other = theirs[each["Id"]]
+        for key in ("ParentId", "RepoDigests", "Size", "Digest", "Created", "CreatedAt"):
+            assert each[key] == other[key], key
+        for key in ("Names", "History"):
+            assert each[key] == (other.get(key) or []), key
+        assert each["Containers"] == other["Containers"]
+
+
+def test_images_of_an_additional_store_are_marked(
+    podman_env: PodmanEnv, env: PodmanEnv, ours: Ours, tmp_path: Path
+) -> None:
+    with PodmanEnv(podman_env.directory / "own", podman_env.flavour) as own:
+        own.configure_storage(additional_image_stores=[env.graph_root])
+        mine = Ours(own)
+        assert same_text(own, mine, "images").splitlines()[1].endswith("true")
+        refused = mine("rmi", NAME, check=False)
+        assert refused.returncode == 2
+        assert "read-only" in refused.stderr
+        mine("tag", NAME, "mine:1")
+        assert "localhost/mine" in own.podman("images", "--noheading").stdout
+        assert env.podman("images", "--noheading").stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["c1", NAME])
+def test_diff_has_the_same_text(env: PodmanEnv, ours: Ours, name: str) -> None:
+    env.podman("create", "--name", "c1", NAME, "sh")
+    untidy(env, "c1")
+    assert same_text(env, ours, "diff", name).count("\n") > 5
+    theirs = json.loads(env.podman("diff", "--format=json", name).stdout)
+    assert {key: found for key, found in ours.json("diff", name).items() if found} == theirs
+
+
+# -- names ----------------------------------------------------------------------------
+
+
+def test_names_that_we_give_are_podmans(env: PodmanEnv, ours: Ours) -> None:
+    ours("tag", NAME, "other:2", "quay.io/team/app:v1")
+    names = ["localhost/other:2", "quay.io/team/app:v1", NAME]
+    (listed, *_) = json.loads(env.podman("images", "--format=json").stdout)
+    assert listed["Names"] == names
+    (document,) = json.loads(env.podman("image", "inspect", "other:2").stdout)
+    assert document["NamesHistory"] == names
+    ours("untag", NAME, "other:2")
+    assert env.podman("image", "exists", "other:2", check=False).returncode == 1
+    env.podman("tag", NAME, "third:3")
+    assert "localhost/third" in ours("images").stdout
+    env.podman("untag", NAME, "third:3")
+    assert "localhost/third" not in ours("images").stdout
+    ours("untag", NAME)
+    assert env.podman("images", "--noheading").stdout.startswith("<none>")
+
+
+def test_a_name_moves_to_the_image_that_gets_it(env: PodmanEnv, ours: Ours) -> None:
+    build(env)
+    ours("tag", NAME, "built:1")
+    (document,) = json.loads(env.podman("image", "inspect", "built:1").stdout)
+    assert NAME in document["RepoTags"]
+
+
+# -- removing ---------------------------------------------------------------------------
+
+
+def test_what_we_remove_is_gone_for_podman(env: PodmanEnv, ours: Ours) -> None:
+    ours("tag", NAME, "other:2")
+    image = env.podman("images", "-q", "--no-trunc").stdout.split()[0].removeprefix("sha256:")
+    refused = ours("rmi", image, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert ours("rmi", NAME).stdout == f"Untagged: {NAME}\n"
+    assert ours("rmi", "other:2").stdout == f"Untagged: localhost/other:2\nDeleted: {image}\n"
+    assert env.podman("images", "-aq").stdout == ""
+    assert json.loads((env.graph_root / "overlay-layers/layers.json").read_text() or "[]") == []
+    assert [path for path in (env.graph_root / "overlay").iterdir() if len(path.name) == 64] == []
+
+
+def test_what_podman_removes_is_gone_for_us(env: PodmanEnv, ours: Ours) -> None:
+    env.podman("rmi", NAME)
+    assert ours("images", "-aq").stdout == ""
+    missing = ours("rmi", NAME, check=False)
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+    assert ours("rmi", "--ignore", NAME).stdout == ""
+
+
+def test_images_of_containers_stay_and_steps_go_with_the_last(env: PodmanEnv, ours: Ours) -> None:
+    step, last = build(env)
+    used = ours("rmi", NAME, check=False)
+    assert used.returncode == 2
+    container = env.podman("inspect", "--format={{.Id}}", "c1").stdout.strip()
+    assert container in used.stderr
+    env.podman("rm", "c2")
+    both = f"Untagged: localhost/built:1\nDeleted: {last}\nDeleted: {step}\n"
+    assert ours("rmi", "built:1").stdout == both
+    assert env.podman("images", "-aq").stdout.count("\n") == 1
+    env.podman("start", "-a", "c1")
+
+
+def test_all_images_go_but_those_of_containers(env: PodmanEnv, ours: Ours) -> None:
+    build(env)
+    env.podman("rm", "c2")
+    ours("tag", "built:1", "again:1")
+    left = ours("rmi", "--all", check=False)
+    assert left.returncode == 2
+    assert left.stderr.count("\n") == 1
+    assert env.podman("images", "--noheading", "-a").stdout.split()[:2] == ["localhost/small", "1"]
+
+
+def test_prune_removes_what_podman_would(env: PodmanEnv, ours: Ours) -> None:
+    env.podman("create", "--name", "c1", NAME, "sh")
+    commit(env, "c1", "built:1")
+    ours("untag", "built:1")
+    assert ours("prune", check=False).returncode == 2  # nobody to ask
+    pruned = ours("prune", "--force").stdout.splitlines()
+    assert pruned[0].startswith("Deleted: ")
+    assert pruned[-1].startswith("Total reclaimed space: ")
+    assert env.podman("images", "-aq").stdout.count("\n") == 1
+    assert env.podman("image", "prune", "--force").stdout == ""
+    env.podman("rm", "c1")
+    report = ours.json("prune", "--force", "--all")
+    assert report["Untagged"] == [NAME]
+    assert report["SpaceReclaimed"] > 14_000_000
+    assert env.podman("images", "-aq").stdout == ""
+
+
+# -- mounting -----------------------------------------------------------------------------
+
+
+def test_mounts_of_images_are_counted_together(env: PodmanEnv, ours: Ours) -> None:
+    path = Path(ours("mount", NAME).stdout.strip())
+    assert (path / "app/hello").exists()
+    with pytest.raises(OSError, match="Read-only"):
+        (path / "new").write_text("")
+    assert env.podman("image", "mount", NAME).stdout.strip() == str(path)
+    (listed,) = ours.json("mount")
+    assert (listed["type"], listed["mountpoint"], listed["count"]) == ("image", str(path), 2)
+    image = ours("umount", NAME).stdout.strip()
+    assert image == listed["id"]
+    assert path.is_mount()
+    env.podman("image", "umount", NAME)
+    assert not path.is_mount()
+    assert ours("umount", NAME).stdout == ""
+    env.podman("image", "mount", NAME)
+    assert ours("umount", "--all").stdout.strip() == image
+    assert env.podman("image", "mount").stdout == ""
+
+
+def test_mounts_of_containers_can_be_written_to(env: PodmanEnv, ours: Ours) -> None:
+    container = env.podman("create", "--name", "c1", NAME, "cat", "/ours").stdout.strip()
+    path = Path(ours("mount", "--read-write", "c1").stdout.strip())
+    (path / "ours").write_text("written by us\n")
+    assert env.podman("mount").stdout.split() == [container[:12], str(path)]
+    assert env.podman("start", "-a", "c1").stdout == "written by us\n"
+    assert ours("umount", "c1").stdout == "c1\n"
+    assert not path.is_mount()
+    with pytest.raises(CommandError, match="only be mounted for reading"):
+        ours("mount", "--read-write", NAME)
+
+
+# -- errors --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "nope"),
+        ("history", "nope"),
+        ("tag", "nope", "x"),
+        ("untag", "nope"),
+        ("rmi", "nope"),
+        ("mount", "nope"),
+        ("umount", "nope"),
+        ("diff", "nope"),
+    ],
+)
+@pytest.mark.parametrize("flavour", ["debian12"], indirect=True)
+def test_what_is_not_there_is_one_line_and_status_1(
+    podman_env: PodmanEnv, arguments: tuple[str, ...]
+) -> None:
+    failed = Ours(podman_env)(*arguments, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("layerstore: ")
+    assert "nope" in failed.stderr
+    assert failed.stderr.count("\n") == 1
