@@ -179,9 +179,10 @@ def print_table(
 ) -> None:
     """Print columns as Podman does: left-aligned, at least 12 wide, 2 apart."""
     lines = [tuple(headings), *map(tuple, rows)] if heading else [*map(tuple, rows)]
-    widths = [max(12, *(len(line[i]) + 2 for line in lines)) for i in range(len(headings) - 1)]
+    columns = range(len(headings) - 1)
+    widths = [max((len(line[column]) + 2 for line in lines), default=0) for column in columns]
     for line in lines:
-        cells = [text.ljust(width) for text, width in zip(line[:-1], widths, strict=True)]
+        cells = [text.ljust(max(12, width)) for text, width in zip(line[:-1], widths, strict=True)]
         print("".join([*cells, line[-1]]))
 
 
