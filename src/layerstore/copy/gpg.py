@@ -50,7 +50,7 @@ def _import(home: Path, keys: Sequence[bytes]) -> frozenset[str]:
     """Put key rings into ``home``; the fingerprints of the keys."""
     trusted: set[str] = set()
     for ring in keys:
-        status, _ = _run(home, ("--import",), ring)
+        status, _, _ = _run(home, ("--import",), ring)
         trusted.update(words[2] for words in status if words[0] == "IMPORT_OK" and len(words) == 3)
     return frozenset(trusted)
 
@@ -58,12 +58,14 @@ def _import(home: Path, keys: Sequence[bytes]) -> frozenset[str]:
 def _verify(home: Path, message: bytes, trusted: frozenset[str]) -> bytes:
     if len(message) > limits.SIGNATURE_BYTES:
         raise PolicyRejected("the signature is too large")
-    status, payload = _run(
+    status, payload, ended = _run(
         home, ("--max-output", str(limits.SIGNATURE_BYTES), "--output", "-", "--verify"), message
     )
     for words in status:
         if words[0] in _BAD:
             raise PolicyRejected(f"the signature is not valid: gpg says {' '.join(words)}")
+    if ended != 0:
+        raise PolicyRejected(f"the signature is not valid: gpg ended with status {ended}")
     valid = [words for words in status if words[0] == "VALIDSIG"]
     for word, count in (("NEWSIG", 1), ("GOODSIG", 1), ("VALIDSIG", 1), ("PLAINTEXT", 1)):
         found = sum(words[0] == word for words in status)
@@ -76,8 +78,8 @@ def _verify(home: Path, message: bytes, trusted: frozenset[str]) -> bytes:
     return payload
 
 
-def _run(home: Path, command: Sequence[str], data: bytes) -> tuple[list[list[str]], bytes]:
-    """The status lines, in words, and what came out."""
+def _run(home: Path, command: Sequence[str], data: bytes) -> tuple[list[list[str]], bytes, int]:
+    """The status lines, in words, what came out, and the exit status."""
     try:
         done = subprocess.run(
             ["gpg", "--homedir", str(home), *_FLAGS, *command],
@@ -99,4 +101,4 @@ def _run(home: Path, command: Sequence[str], data: bytes) -> tuple[list[list[str
         for line in done.stderr.splitlines()
         if line.startswith(_PREFIX)
     ]
-    return [words for words in lines if words], done.stdout
+    return [words for words in lines if words], done.stdout, done.returncode
