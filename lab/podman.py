@@ -116,6 +116,11 @@ class PodmanEnv:
         self.conf: Final = self.directory / "conf"
         for place in (self.graph_root, self.run_root, self.tmp, self.home, self.conf):
             place.mkdir(parents=True, exist_ok=True)
+        # who asks for the machine's Podman is to find this environment's
+        self._programs: Final = self.conf / "programs"
+        self._programs.mkdir(exist_ok=True)
+        (self._programs / "podman").unlink(missing_ok=True)
+        (self._programs / "podman").symlink_to(self.tools.podman)
         self.storage_conf: Final = self.conf / "storage.conf"
         self.registries_conf: Final = self.conf / "registries.conf"
         self.containers_conf: Final = self.conf / "containers.conf"
@@ -234,7 +239,7 @@ class PodmanEnv:
     def environment(self) -> dict[str, str]:
         """The whole environment of the tools: nothing of the caller's gets through."""
         return {
-            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{self._programs}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL": "C.UTF-8",
             "HOME": str(self.home),
             "TMPDIR": str(self.tmp),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from cyclopts import Parameter
+
 from layerstore import limits
 from layerstore.cli.common import (
     REGISTRY,
@@ -39,6 +41,10 @@ def pull(
     platform: Annotated[str | None, option("os/architecture[/variant] [this machine's].")] = None,
     signature_policy: Annotated[Path | None, option("policy.json to judge images by.")] = None,
     no_layer_stores: Annotated[bool, switch("Ask no additional layer stores.")] = False,
+    toc_layers: Annotated[
+        bool | None,
+        Parameter(help="Allow layers known by their TOC only [if Podman is 5.0 or newer]."),
+    ] = None,
     dialect_l: Annotated[
         bool, switch("Ask layer stores by blob digest too, and believe them unchecked.")
     ] = False,
@@ -77,6 +83,7 @@ def pull(
                     registry=registry.settings(host=registry_host(text)),
                     policy=judged_by,
                     layer_stores=not no_layer_stores,
+                    toc_layers=toc_layers,
                     dialect_l=dialect_l,
                     parallel=parallel,
                     listener=shown,

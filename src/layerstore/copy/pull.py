@@ -51,8 +51,9 @@ class PullOptions:
     """How to pull.
 
     None for ``registry``, ``policy`` and ``platform`` is what this machine has.
-    ``layer_stores`` False asks none of the configured additional layer stores; ``dialect_l``
-    asks them by the digests of blobs too, and believes what they say without any check.
+    ``layer_stores`` False asks none of the configured additional layer stores; ``toc_layers``
+    says whether layers may be known by their TOC only (None: if this machine's Podman can bear
+    them); ``dialect_l`` asks for blobs too, and believes the answers without any check.
     ``parallel`` layers are under way at once.
     """
 
@@ -61,6 +62,7 @@ class PullOptions:
     registry: RegistrySettings | None = None
     policy: Policy | None = None
     layer_stores: bool = True
+    toc_layers: bool | None = None
     dialect_l: bool = False
     parallel: int = limits.PULL_PARALLEL
     listener: PullListener = field(default_factory=Quiet)
@@ -173,6 +175,7 @@ def _into(source: ImageSource, options: PullOptions) -> IntoStorage:
         platform=options.platform or Platform.host(),
         check=check,
         layer_stores=options.layer_stores,
+        toc_layers=options.toc_layers,
         dialect_l=options.dialect_l,
         parallel=options.parallel,
         listener=options.listener,

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from layerstore import limits
+from layerstore.copy import oldtools
 from layerstore.copy.chosen import ChosenImage, choose_image
+from layerstore.copy.intostorage import IntoStorage, LayerOutcome, PullResult
 from layerstore.copy.layerfetch import FetchedLayer, LayerFetcher, given_up
 from layerstore.copy.progress import (
     ALREADY_EXISTS,
@@ -28,9 +30,8 @@ from layerstore.copy.progress import (
     GETTING_SIGNATURES,
     STORING_SIGNATURES,
     WRITING_MANIFEST,
-    PullListener,
-    Quiet,
 )
+from layerstore.copy.pullplan import OLD_PODMAN, Plan, Planner
 from layerstore.copy.reuse import (
     How,
     KnownImage,
@@ -46,68 +47,18 @@ from layerstore.copy.reuse import (
 from layerstore.copy.spool import Spool
 from layerstore.copy.transport import ImageSource
 from layerstore.errors import InUse, LayerstoreError, StorageError, UnknownObject
-from layerstore.graphroot.als import AlsLayer, LayerStores, read_info
+from layerstore.graphroot.als import AlsLayer, LayerStores
 from layerstore.graphroot.identity import layer_id
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.staging import StagingLost
 from layerstore.graphroot.store import Store
-from layerstore.image import Digest, Platform, uncompressed_size
+from layerstore.image import Digest, uncompressed_size
 from layerstore.registry import FetchedManifest
 
+__all__ = ["IntoStorage", "LayerOutcome", "PullResult", "pull_into"]
+
 _log = logging.getLogger(__name__)
-
-Check = Callable[[FetchedManifest, Sequence[bytes]], None]
-
-
-def _accept(manifest: FetchedManifest, signatures: Sequence[bytes]) -> None:
-    return
-
-
-@dataclass(frozen=True)
-class IntoStorage:
-    """How to bring an image into a graph root.
-
-    ``check`` judges manifest and signatures before they are believed, and raises
-    ``PolicyRejected``.  ``layer_stores`` False asks none; ``dialect_l`` also asks them for
-    blobs, and believes them.  ``keep_blobs`` keeps what has come of large blobs, for the next
-    attempt.  ``parallel`` layers are under way at once.
-    """
-
-    platform: Platform = field(default_factory=Platform.host)
-    check: Check = _accept
-    layer_stores: bool = True
-    dialect_l: bool = False
-    keep_blobs: bool = True
-    parallel: int = limits.PULL_PARALLEL
-    listener: PullListener = field(default_factory=Quiet)
-    lookup_seconds: float = limits.LAYER_STORE_SECONDS
-
-
-@dataclass(frozen=True, slots=True)
-class LayerOutcome:
-    """One layer of a pulled image, and where it came from."""
-
-    digest: Digest
-    diff_id: Digest
-    size: int
-    how: How
-    layer_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class PullResult:
-    """The image in the storage; ``digest`` is what its name stands for: an index's, perhaps.
-
-    ``misses`` say why a layer store did not give a layer.
-    """
-
-    image_id: str
-    digest: Digest
-    manifest_digest: Digest
-    names: tuple[str, ...]
-    layers: tuple[LayerOutcome, ...]
-    misses: tuple[str, ...] = ()
 
 
 def pull_into(
@@ -121,13 +72,17 @@ def pull_into(
     before stay, whatever else was made is removed.
     """
     options = options or IntoStorage()
-    listener = options.listener
+    listener, judge = options.listener, options.check
+    specs = store.config.additional_layer_stores if options.layer_stores else ()
+    bears = None
+    if specs and options.toc_layers is None:
+        bears = oldtools.ask(store.config.graph_root)  # it takes as long as a manifest
     signatures: list[bytes] = []
 
     def check(manifest: FetchedManifest) -> None:
         listener.message(GETTING_SIGNATURES)
         signatures.extend(source.signatures(manifest.digest))
-        options.check(manifest, signatures)
+        judge(manifest, signatures)
 
     image = choose_image(source, options.platform, check)
     if not options.platform.matches(image.config.platform):
@@ -137,13 +92,18 @@ def pull_into(
     spool = Spool(store.config.graph_root) if options.keep_blobs else None
     if spool is not None:
         spool.expire()
-    specs = store.config.additional_layer_stores if options.layer_stores else ()
+    if bears is not None:
+        options = replace(options, toc_layers=bears.result())
     stores = LayerStores(specs, lookup_seconds=options.lookup_seconds)
     try:
         for _ in range(limits.PULL_ATTEMPTS):
             with contextlib.suppress(_Vanished), LayerFetcher(store, source, spool) as fetcher:
-                pull = _Pull(store, source, image, stores, fetcher, options)
-                layers = pull.layers()
+                planner = Planner(store, source.reference, image, stores, options)
+                pull = _Pull(store, image, fetcher, options)
+                plans = planner.plan()
+                if planner.refused:
+                    listener.message(f"Layer stores {OLD_PODMAN}")
+                layers = pull.layers(plans)
                 found = pull.image(layers, names, signatures)
                 return PullResult(
                     found.id,
@@ -151,7 +111,7 @@ def pull_into(
                     image.manifest.digest,
                     tuple(names),
                     tuple(map(_outcome, layers)),
-                    tuple(f"{miss.path}: {miss.reason}" for miss in stores.misses),
+                    (*planner.refused, *(f"{m.path}: {m.reason}" for m in stores.misses)),
                 )
     finally:
         stores.close()
@@ -164,17 +124,6 @@ def pull_into(
 
 class _Vanished(Exception):
     """Somebody removed a layer that was to be used."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How a layer is to be had: ``layer`` is one in the storage, ``found`` in a layer store."""
-
-    wanted: WantedLayer
-    how: How
-    layer: Layer | None = None
-    found: AlsLayer | None = None
-    twin: bool = False  # its content is that of a layer further down
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,122 +147,16 @@ class _Pull:
     """One attempt to have all layers of an image in the storage."""
 
     def __init__(
-        self,
-        store: Store,
-        source: ImageSource,
-        image: ChosenImage,
-        stores: LayerStores,
-        fetcher: LayerFetcher,
-        options: IntoStorage,
+        self, store: Store, image: ChosenImage, fetcher: LayerFetcher, options: IntoStorage
     ) -> None:
         self._store = store
-        self._source = source
         self._image = image
-        self._stores = stores
         self._fetcher = fetcher
         self._options = options
         self._listener = options.listener
 
-    # -- planning ------------------------------------------------------------------------
-
-    def plan(self) -> list[_Plan]:
-        """What to do for each layer, as things stand now."""
-        known = _Known(self._store)
-        plans: list[_Plan] = []
-        parent: str | None = ""
-        wanted = self._image.layers
-        for one in wanted:
-            there = None if parent is None else self._in_place(known, parent, one)
-            if there is None:
-                break
-            plans.append(there)
-            parent = there.layer.id if there.layer is not None else None
-        rest = wanted[len(plans) :]
-        offers = self._offers([one for one in rest if not known.with_content(one.diff_id)], plans)
-        pulled = {plan.wanted.diff_id for plan in plans}
-        for one in rest:
-            plan = self._elsewhere(known, one, offers.get(one.index), pulled)
-            pulled.add(one.diff_id)
-            plans.append(plan)
-        return plans
-
-    def _in_place(self, known: _Known, parent: str, wanted: WantedLayer) -> _Plan | None:
-        """The layer in the storage that is the wanted one already."""
-        for layer in known.on(parent):
-            record = layer.record
-            if in_place(record, parent, wanted.diff_id, lazy=layer.is_lazy):
-                return _Plan(wanted, How.SHARED, layer)
-        if wanted.toc is not None:
-            for layer in known.on(parent):
-                if in_place_by_toc(layer.record, parent, wanted.toc) and self._alive(layer):
-                    return _Plan(wanted, How.TOC, layer)
-        if self._options.dialect_l:
-            for layer in known.on(parent):
-                if in_place_by_word(layer.record, parent, wanted) and self._alive(layer):
-                    return _Plan(wanted, How.SHARED, layer)
-        return None
-
-    def _alive(self, layer: Layer) -> bool:
-        """Whether a layer's content can be reached: its store may be gone."""
-        additional = layer.additional_layer
-        if additional is None:
-            return True
-        try:
-            read_info(additional, seconds=self._options.lookup_seconds)
-        except (OSError, StorageError) as error:
-            _log.warning("layer %s is not used: %s", layer.id, error)
-            return False
-        return True
-
-    def _offers(self, wanted: list[WantedLayer], plans: list[_Plan]) -> dict[int, AlsLayer]:
-        """What the layer stores have, asked at once; each directory once in an image."""
-        if not self._stores:
-            return {}
-        asked = [one for one in wanted if one.toc is not None or self._options.dialect_l]
-        if not asked:
-            return {}
-        with ThreadPoolExecutor(min(len(asked), self._options.parallel), "lookup") as pool:
-            found = list(pool.map(self._offer, asked))
-        used = {plan.layer.additional_layer for plan in plans if plan.layer is not None}
-        offers: dict[int, AlsLayer] = {}
-        for one, layer in zip(asked, found, strict=True):
-            if layer is None:
-                continue
-            if layer.path in used:
-                # An overlay cannot have the same directory twice.
-                layer.release()
-                continue
-            used.add(layer.path)
-            offers[one.index] = layer
-        return offers
-
-    def _offer(self, wanted: WantedLayer) -> AlsLayer | None:
-        reference = self._source.reference
-        found = None
-        if wanted.toc is not None:
-            found = self._stores.find_by_toc(reference, wanted.toc)
-        if found is None and self._options.dialect_l:
-            found = self._stores.find_by_blob(reference, wanted.descriptor.digest)
-            if found is not None and found.facts.diff_digest != wanted.diff_id:
-                found.release()
-                found = None
-        return found
-
-    def _elsewhere(
-        self, known: _Known, wanted: WantedLayer, offer: AlsLayer | None, below: set[Digest]
-    ) -> _Plan:
-        layer = known.with_content(wanted.diff_id)
-        if layer is not None:
-            return _Plan(wanted, How.LOCAL, layer)
-        if offer is not None:
-            return _Plan(wanted, How.ALS, found=offer)
-        return _Plan(wanted, How.PULLED, twin=wanted.diff_id in below)
-
-    # -- fetching and committing ------------------------------------------------------------
-
-    def layers(self) -> list[_Done]:
+    def layers(self, plans: Sequence[Plan]) -> list[_Done]:
         """Have all layers committed, the lowest first."""
-        plans = self.plan()
         with ThreadPoolExecutor(max(1, self._options.parallel), "pull") as pool:
             futures = [self._begin(plan, pool) for plan in plans]
             running = [future for future in futures if future is not None]
@@ -333,7 +176,7 @@ class _Pull:
                 raise
         return done
 
-    def _begin(self, plan: _Plan, pool: ThreadPoolExecutor) -> Future[FetchedLayer] | None:
+    def _begin(self, plan: Plan, pool: ThreadPoolExecutor) -> Future[FetchedLayer] | None:
         digest = plan.wanted.descriptor.digest
         if plan.how is How.LOCAL:
             self._listener.skipped(digest, ALREADY_EXISTS)
@@ -348,7 +191,7 @@ class _Pull:
         with self._listener.copying("blob", blob.digest, blob.size) as item:
             return self._fetcher.pull(wanted, item)
 
-    def _copy(self, plan: _Plan) -> FetchedLayer:
+    def _copy(self, plan: Plan) -> FetchedLayer:
         """From the layer of the plan, or, if that is not what it should be, from the source."""
         assert plan.layer is not None
         try:
@@ -361,7 +204,7 @@ class _Pull:
 
     def _commit(
         self,
-        plan: _Plan,
+        plan: Plan,
         parent: str,
         future: Future[FetchedLayer] | None,
         below: list[_Done],
@@ -370,13 +213,6 @@ class _Pull:
         if plan.how in (How.SHARED, How.TOC):
             assert plan.layer is not None
             return _Done(wanted, plan.how, plan.layer)
-        there = self._in_place(_Known(self._store), parent, wanted)
-        if there is not None and there.how is How.SHARED:
-            # Somebody else was faster.
-            assert there.layer is not None
-            if future is not None:
-                future.result().committed()
-            return _Done(wanted, plan.how, there.layer)
         if plan.found is not None:
             layer = self._commit_offer(plan.found, wanted, parent)
             if layer is not None:
@@ -386,7 +222,7 @@ class _Pull:
             fetched = future.result()
         elif plan.twin and (twin := _twin(wanted, below)) is not None:
             how = How.LOCAL
-            fetched = self._copy(_Plan(wanted, how, twin))
+            fetched = self._copy(Plan(wanted, how, twin))
         else:
             fetched = self._fetch(wanted)
         for _ in range(limits.STAGE_ATTEMPTS):
@@ -439,8 +275,6 @@ class _Pull:
             return layer if in_place_by_toc(record, parent, wanted.toc) else None
         return layer if in_place_by_word(record, parent, wanted) else None
 
-    # -- the image ------------------------------------------------------------------------
-
     def image(
         self, layers: list[_Done], names: Sequence[str], signatures: Sequence[bytes]
     ) -> Image:
@@ -485,29 +319,6 @@ class _Pull:
                 return KnownImage(
                     image.digests, None if config is None else Digest(config), image.top_layer
                 )
-        return None
-
-
-class _Known:
-    """The layers of the storage, for one question after the other."""
-
-    def __init__(self, store: Store) -> None:
-        self._on: dict[str, list[Layer]] = {}
-        self._content: dict[Digest, list[Layer]] = {}
-        for layer in store.layers():
-            self._on.setdefault(layer.parent, []).append(layer)
-            if layer.record.diff_digest is not None:
-                self._content.setdefault(layer.record.diff_digest, []).append(layer)
-
-    def on(self, parent: str) -> list[Layer]:
-        """The layers directly on ``parent``."""
-        return self._on.get(parent, [])
-
-    def with_content(self, diff_id: Digest) -> Layer | None:
-        """A layer whose content was checked against ``diff_id``."""
-        for layer in self._content.get(diff_id, []):
-            if proven_diff_id(layer.record, lazy=layer.is_lazy) == diff_id:
-                return layer
         return None
 
 
