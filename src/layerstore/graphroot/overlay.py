@@ -29,7 +29,6 @@ import logging
 import os
 import re
 import secrets
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +58,7 @@ class RootAttributes:
 
 
 _BASE: Final = RootAttributes(0o555, 0, 0)
+_INHERITED: Final = 0o755
 
 
 class Overlay:
@@ -126,7 +126,9 @@ class Overlay:
     def root_attributes(self, layer: str) -> RootAttributes:
         """Mode and owner that a child of ``layer`` ("" for none) inherits.
 
-        For a layer of an additional layer store this asks the store.
+        Permissions only, no sticky bit and the like, and as little for others as the
+        umask of the tools leaves.  For a layer of an additional
+        layer store this asks the store.
         """
         if not layer:
             return _BASE
@@ -136,7 +138,7 @@ class Overlay:
             raise StorageError(
                 f"the content of the layer cannot be reached: {error.strerror}", subject=layer
             ) from error
-        return RootAttributes(stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid)
+        return RootAttributes(found.st_mode & _INHERITED, found.st_uid, found.st_gid)
 
     def link(self, layer: str) -> str:
         """The short name of ``layer``; recreates what an unclean shutdown lost."""

@@ -62,7 +62,7 @@ def test_a_chain_of_layers(overlay: Overlay) -> None:
 
 def test_a_child_inherits_the_mode_of_its_parent(overlay: Overlay) -> None:
     (create(overlay, "base") / "diff").chmod(0o1750)
-    assert mode(create(overlay, "child", "base") / "diff") == 0o1750
+    assert mode(create(overlay, "child", "base") / "diff") == 0o750
 
 
 def test_staged_content_becomes_the_diff(overlay: Overlay) -> None:

@@ -36,18 +36,22 @@ BLOB = Digest.of(b"a blob")
 DIFF = Digest.of(b"a tar stream")
 
 
+def contents(store: Store) -> list[object]:
+    return [*store.layers(), *store.images(), *store.containers()]
+
+
 def test_a_new_graph_root(store: Store) -> None:
     root = store.config.graph_root
     assert sorted(os.listdir(root)) == [
         *("overlay", "overlay-containers", "overlay-images", "overlay-layers", "storage.lock"),
     ]
     assert oct(root.stat().st_mode & 0o777) == "0o700"
-    assert store.layers() == store.images() == store.containers() == []
+    assert contents(store) == []
 
 
 def test_reading_makes_nothing(tmp_path: Path) -> None:
     store = Store.open(StorageConfig(tmp_path / "root", tmp_path / "run"), read_only=True)
-    assert store.layers() == store.images() == store.containers() == []
+    assert contents(store) == []
     assert os.listdir(tmp_path) == []
     with pytest.raises(StorageError, match="for reading"):
         store.staging()
@@ -65,13 +69,24 @@ def test_a_setting_that_is_not_supported(tmp_path: Path) -> None:
         Store.open(StorageConfig(tmp_path / "root", tmp_path / "run", driver="vfs"))
 
 
-def test_the_kind_of_whiteouts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerstore.graphroot.store.in_user_namespace", lambda: False)
-    assert store.whiteouts is WhiteoutStyle.OVERLAY
-    monkeypatch.setattr("layerstore.graphroot.store.in_user_namespace", lambda: True)
-    assert store.whiteouts is WhiteoutStyle.USERXATTR
-    (store.config.graph_root / "overlay/.has-mount-program").write_text("true")
-    assert store.whiteouts is WhiteoutStyle.AUFS
+@pytest.mark.parametrize(
+    ("in_namespace", "program", "style"),
+    [
+        (False, "false", WhiteoutStyle.OVERLAY),
+        (True, "false", WhiteoutStyle.USERXATTR),
+        (True, "true", WhiteoutStyle.AUFS),
+    ],
+)
+def test_the_kind_of_whiteouts(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    in_namespace: bool,
+    program: str,
+    style: WhiteoutStyle,
+) -> None:
+    monkeypatch.setattr("layerstore.graphroot.store.in_user_namespace", lambda: in_namespace)
+    (store.config.graph_root / "overlay/.has-mount-program").write_text(program)
+    assert store.whiteouts is style
 
 
 # -- layers ------------------------------------------------------------------------
