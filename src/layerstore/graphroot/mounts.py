@@ -66,20 +66,24 @@ def mount_layer(
     request = _request(store, area, record, words, mount_label, volatile)
     with _mounting(store) as points:
         area, record = _find(store, layer_id)  # it may have gone meanwhile
-        _use_home(store)
         known = {point.id: point for point in points.load()}
-        count = known[record.id].count if record.id in known else 0
-        if count == 0 or not overlaymount.is_mounted(known[record.id].path):
-            # Not mounted, or the kernel was started anew since: the count says nothing.
-            _mount(store, request)
-            known[record.id] = MountPoint(record.id, request.target, count)
-        point = known[record.id]
-        known[record.id] = replace(point, count=count + 1)
+        point = known.get(record.id)
+        # After a restart of the kernel, or an unmount by hand, the list says nothing.
+        there = point is not None and overlaymount.is_mounted(point.path)
+        count = 0 if point is None else point.count
+        _use_home(store)
         try:
+            if not there:
+                _mount(store, request)
+                point = MountPoint(record.id, request.target, count)
+            assert point is not None
+            known[record.id] = replace(point, count=count + 1)
             points.save(tuple(known.values()))
         except BaseException:
-            if count == 0:
+            if not there:
                 overlaymount.detach(request.target, by_program=_by_program(store))
+                if len(known) <= 1:
+                    _leave_home(store)
             raise
         return point.path
 
