@@ -77,13 +77,14 @@ class StorageFlags:
         from layerstore.graphroot.published import Published  # noqa: PLC0415
         from layerstore.graphroot.store import Store  # noqa: PLC0415
 
+        config = self.config()
         if self.store is not None and Published.of(self.store.absolute()) is None:
             raise UsageError(
                 "no published image store",
                 subject=str(self.store),
                 advice="layerstore pull makes one",
             )
-        return Store.open(self.config(), read_only=read_only)
+        return Store.open(config, read_only=read_only)
 
 
 STORAGE = StorageFlags()
