@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,10 @@ def test_a_container_is_written_to_by_both(env: PodmanEnv) -> None:
     run = env.podman("start", "--attach", "box").stdout
     assert run == "hello from small changed: 199 files\n"
     assert "A /app/note" in env.podman("diff", "box").stdout.splitlines()
+    # `podman start` may return before the clean-up that conmon starts is through.
+    deadline = time.monotonic() + 20
+    while counts(env) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert counts(env) == {}
 
 
