@@ -11,6 +11,7 @@ the bytes.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -112,6 +113,8 @@ class DirDestination(ImageDestination):
             self._exists = self._directory.is_dir()
             if self._exists:
                 self._refuse_other_things()
+            elif self._directory.exists():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             parent = self._directory if self._exists else self._directory.parent
             parent.mkdir(parents=True, exist_ok=True)
             self._new = parent / f".new-{secrets.token_hex(8)}"
