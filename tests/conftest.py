@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "lab.fixtures"]
 
-_COMPAT = Path(__file__).parent / "compat"
+_COMPAT = {Path(__file__).parent / name for name in ("compat", "faults")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _COMPAT in item.path.parents:
+        if _COMPAT.intersection(item.path.parents):
             item.add_marker("compat")
 
 

@@ -9,11 +9,14 @@ CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> pytest.Pytester:
-    text = CONFTEST.read_text().replace('pytest_plugins = ["pytester"]', "")
+    plugins = 'pytest_plugins = ["pytester", "lab.fixtures"]'
+    text = CONFTEST.read_text()
+    assert plugins in text
+    text = text.replace(plugins, "")
     pytester.makeini("[pytest]\nmarkers = compat: real tools")
     pytester.path.joinpath("conftest.py").write_text(text)
     skipping = "import pytest\ndef test_tool() -> None:\n    pytest.skip('no tool')\n"
-    for room in ("compat", "unit"):
+    for room in ("compat", "faults", "unit"):
         directory = pytester.path / room
         directory.mkdir()
         (directory / f"test_{room}.py").write_text(skipping)
@@ -25,7 +28,7 @@ def test_a_skip_of_a_compat_test_fails_in_ci(
 ) -> None:
     monkeypatch.setenv("CI", "true")
     result = suite.runpytest()
-    result.assert_outcomes(failed=1, skipped=1)
+    result.assert_outcomes(failed=2, skipped=1)
     result.stdout.fnmatch_lines(["*skipped in CI*no tool*"])
 
 
@@ -33,4 +36,4 @@ def test_a_skip_is_a_skip_elsewhere(
     suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CI", raising=False)
-    suite.runpytest().assert_outcomes(skipped=2)
+    suite.runpytest().assert_outcomes(skipped=3)

@@ -1,4 +1,7 @@
-"""The real tools as fixtures: a registry for the session, one Podman environment per test."""
+"""The real tools as fixtures: a registry for the session, one Podman environment per test.
+
+A plug-in of pytest, loaded by tests/conftest.py: tests/compat and tests/faults share it.
+"""
 
 import contextlib
 import itertools
