@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from cyclopts import App
 
 from layerstore import errors
 from layerstore.cli import app
@@ -38,7 +39,7 @@ def events() -> set[str]:
 
 def keys() -> list[str]:
     top = [field.encode_name for field in msgspec.structs.fields(Config)]
-    tables = {"registry": RegistryConfig, "repair": RepairConfig}
+    tables: dict[str, type[msgspec.Struct]] = {"registry": RegistryConfig, "repair": RepairConfig}
     inner = [
         f"{name}.{field.encode_name}"
         for name, table in tables.items()
@@ -72,13 +73,58 @@ def test_every_configuration_key_is_explained() -> None:
     assert {key for key in keys() if f"| `{key}` |" not in text("configuration.md")} == set()
 
 
-def test_every_option_is_explained() -> None:
-    options: set[str] = set()
-    for name in ("serve", "status", "convert"):
-        for argument in app[name].assemble_argument_collection():
-            options.update(each for each in argument.names if each.startswith("--"))
-    assert "--root" in options
-    assert {one for one in options if f"`{one}" not in text("configuration.md")} == set()
+def commands(group: App = app, name: str = "") -> dict[str, App]:
+    """Every verb with what it is called: "pull", "check storage"."""
+    found: dict[str, App] = {}
+    for each in group:
+        if each.startswith("-"):
+            continue
+        called = f"{name} {each}".strip()
+        inner = commands(group[each], called)
+        found |= inner or {called: group[each]}
+    return found
+
+
+def options(verb: App) -> set[str]:
+    arguments = verb.assemble_argument_collection()
+    return {name for each in arguments for name in each.names if name.startswith("-")}
+
+
+def section(document: str, title: str) -> str:
+    """What stands under a heading of any level, up to the next one that is not below it."""
+    found = re.search(rf"^(##+) {re.escape(title)}$", document, re.MULTILINE)
+    assert found is not None, title
+    rest = document[found.end() :]
+    end = re.search(rf"^#{{2,{len(found[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+IN_CONFIGURATION = ("serve", "status", "convert", "unpack")
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_option_is_explained(name: str) -> None:
+    verb = name.partition(" ")[0]
+    cli = text("cli.md")
+    if verb in IN_CONFIGURATION:
+        explained = text("configuration.md")
+    else:
+        explained = section(cli, verb) + section(cli, "Common options")
+    assert re.search(rf"^\|.*`{verb}`.*\|", cli, re.MULTILINE)
+    found = options(commands()[name])
+    assert "--json" in found or verb in ("serve", "save")  # these print no results
+    assert {one for one in found if not re.search(rf"`{one}[ `\[]", explained)} == set()
+
+
+def test_no_option_is_explained_that_does_not_exist() -> None:
+    cli = text("cli.md")
+    for name, verb in commands().items():
+        if name.partition(" ")[0] in IN_CONFIGURATION:
+            continue
+        own = section(cli, name.partition(" ")[0])
+        cells = [line.split("|")[1] for line in own.splitlines() if line.startswith("| `-")]
+        explained = {one for cell in cells for one in re.findall(r"`(--?[a-z][a-z-]*)", cell)}
+        assert explained - options(verb) == set(), name
 
 
 def anchors(path: Path) -> set[str]:

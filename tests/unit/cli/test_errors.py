@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from layerstore import __version__
-from layerstore.cli import main
+from layerstore.cli import VERBS, main
 
-COMMANDS = ("convert", "serve", "status")
+COMMANDS = tuple(chain.from_iterable(VERBS.values()))
 
 Run = Callable[..., tuple[int, str, str]]
 
