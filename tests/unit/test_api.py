@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import layerstore
+from lab import oci, tars
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -58,3 +65,40 @@ def test_a_verb_loads_what_it_needs() -> None:
     modules = loaded_after("import layerstore.cli.images")
     assert "layerstore.graphroot" in modules
     assert not modules & {"layerstore.copy", "layerstore.fuse", "layerstore.service", "urllib3"}
+
+
+def test_the_examples_of_the_documents_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = io.BytesIO()
+    tars.write_tar(out, [tars.directory(b"etc"), tars.regular(b"etc/hosts", b"localhost\n")])
+    layer = oci.LayerSource(out.getvalue())
+    image = oci.write_image(tmp_path / "alpine", "3", [layer], oci.RunConfig())
+    policy = tmp_path / ".config/containers/policy.json"
+    policy.parent.mkdir(parents=True)
+    policy.write_text(json.dumps({"default": [{"type": "insecureAcceptAnything"}]}))
+    conf = tmp_path / "storage.conf"
+    conf.write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/graph"\nrunroot = "{tmp_path}/run"\n'
+    )
+    monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(conf))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = {
+        "docker.io/library/alpine:3": f"oci:{image.layout}:3",  # no network in unit tests
+        "oci:/srv/layout:mine": f"oci:{tmp_path}/layout:mine",
+        "/srv/root": f"{tmp_path}/private",
+        "/run/mine": f"{tmp_path}/private-run",
+    }
+    for document in (DOCS / "python-api.md", DOCS.parent / "README.md"):
+        text = document.read_text()
+        for place, ours in places.items():
+            text = text.replace(place, ours)
+        examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert examples
+        names: dict[str, object] = {}
+        for example in examples:
+            exec(compile(example, document.name, "exec"), names)
+    said = capsys.readouterr().out
+    assert f"{image.layers[0].digest} {image.layers[0].size} pulled" in said
+    assert "('localhost/mine:1',)" in said
+    assert oci.read_image(tmp_path / "layout", "mine").layers[0].diff_id == image.layers[0].diff_id
