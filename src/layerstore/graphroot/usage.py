@@ -9,6 +9,7 @@ of which the child has more.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from layerstore.image import Reference
 
 if TYPE_CHECKING:
     from layerstore.graphroot.images import Image
+    from layerstore.graphroot.layers import Layer
     from layerstore.graphroot.store import Store
 
 _TRUE: Final = frozenset(("1", "t", "T", "TRUE", "true", "True"))
@@ -89,6 +91,7 @@ def summaries(
     used: dict[str, int] = {}
     for container in store.containers():
         used[container.image_id] = used.get(container.image_id, 0) + 1
+    sizes = _ChainSizes(store)
     found = []
     for image in images:
         intermediate = not image.names and image.id in with_children
@@ -106,7 +109,7 @@ def summaries(
         ):
             continue
         parent = above.get(image.id, "")
-        size = _size(image)
+        size = sizes.of(image.top_layer) + sum(image.record.big_data_sizes.values())
         found.append(ImageSummary(image, size, used.get(image.id, 0), parent, intermediate))
     found.sort(key=lambda item: -(parse_time(item.image.created) or 0))
     return found
@@ -206,11 +209,25 @@ def _lookup(store: Store, pattern: str) -> str:
         return ""
 
 
-def _size(image: Image) -> int:
-    try:
-        return image.size()
-    except LayerstoreError:
-        return sum(image.record.big_data_sizes.values())
+class _ChainSizes:
+    """Bytes of layers with all below them; each layer is looked at once for all images."""
+
+    def __init__(self, store: Store) -> None:
+        self._layers = {layer.id: layer for layer in store.layers()}
+        self._known = {"": 0}
+
+    def of(self, top: str) -> int:
+        """0 for what is missing."""
+        above: dict[str, Layer] = {}
+        while top not in self._known and top in self._layers and top not in above:
+            above[top] = self._layers[top]
+            top = above[top].parent
+        size = self._known.get(top, 0)
+        for layer in reversed(above.values()):
+            with contextlib.suppress(LayerstoreError):
+                size += layer.size()
+            self._known[layer.id] = size
+        return size
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
