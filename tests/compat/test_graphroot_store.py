@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ MakePodmanEnv = Callable[..., PodmanEnv]
 NAME = "localhost/small:1"
 OTHER = "docker.io/library/small:2"
 ROUNDS = 6
-KILLS = 12
+KILLS = 24
 
 
 def open_store(env: PodmanEnv, *stores: Path) -> Store:
@@ -326,11 +327,15 @@ def test_we_and_they_build_on_an_additional_image_store(
     assert (shared.graph_root / "overlay-images/images.json").read_bytes() == before
 
 
-def churn(graph_root: Path, run_root: Path, number: int) -> None:
+def churn(
+    graph_root: Path, run_root: Path, number: int, rounds: int = ROUNDS, begun: Any = None
+) -> None:
     """Put, name and remove images that share their base with those of others."""
     store = Store.open(StorageConfig(graph_root, run_root))
+    if begun is not None:
+        begun.set()
     base = [tars.regular(b"base", b"x" * 10_000)]
-    for turn in range(ROUNDS):
+    for turn in range(rounds):
         own = [tars.regular(b"own", f"{number} {turn}".encode())]
         name = f"localhost/churn{number}:{turn}"
         for _ in range(50):
@@ -383,12 +388,16 @@ def test_killed_at_any_point_nothing_half_made_stays(podman_env: PodmanEnv) -> N
     kept = open_store(env).image(NAME)
     context = multiprocessing.get_context("spawn")
     for number in range(KILLS):
-        worker = context.Process(target=churn, args=(env.graph_root, env.run_root, number))
+        begun = context.Event()
+        worker = context.Process(
+            target=churn, args=(env.graph_root, env.run_root, number, 10_000, begun)
+        )
         worker.start()
-        # imports take most of the first second
-        worker.join(0.8 + 0.05 * number)
+        assert begun.wait(60)
+        worker.join(0.007 * number)
         worker.kill()
         worker.join()
+        assert worker.exitcode == -signal.SIGKILL
         store = open_store(env)
         for image in store.images():
             assert image.layers()

@@ -318,10 +318,11 @@ class Overlay:
     def _give_link(self, layer: str, directory: Path) -> None:
         while True:
             name = "".join(secrets.choice(_ALPHABET) for _ in range(_LINK_CHARS))
+            # In this order: a crash in between must not leave a link that nobody can ascribe.
+            _write(directory / "link", name)
             with contextlib.suppress(FileExistsError):
                 os.symlink(_link_target(layer), self.home / _LINKS / name)
-                break
-        _write(directory / "link", name)
+                return
 
 
 def additional_layer_of(directory: Path) -> Path | None:

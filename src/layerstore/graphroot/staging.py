@@ -125,7 +125,7 @@ class TempDirectory:
         finally:
             lock.remove()
             with contextlib.suppress(OSError):
-                # Old tools look for a layer in every directory of overlay/.
+                # Old tools take every directory of overlay/ for a layer.
                 self._root.rmdir()
 
     def _lost(self, directory: Path) -> None:
@@ -171,9 +171,8 @@ def remove_stale(root: Path) -> int:
             _log.warning("%s", error)
         finally:
             lock.remove()
-    if removed:
-        with contextlib.suppress(OSError):
-            root.rmdir()
+    with contextlib.suppress(OSError):
+        root.rmdir()
     return removed
 
 

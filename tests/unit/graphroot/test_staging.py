@@ -87,6 +87,12 @@ def test_leftovers_without_a_lock_file_are_stale(root: Path) -> None:
     assert not root.exists()
 
 
+def test_an_empty_root_goes(root: Path) -> None:
+    root.mkdir()
+    assert remove_stale(root) == 0
+    assert not root.exists()
+
+
 def test_what_is_taken_is_gone_at_once_and_removed_at_the_end(root: Path, tmp_path: Path) -> None:
     doomed = tmp_path / "layer"
     (doomed / "diff").mkdir(parents=True)
