@@ -14,6 +14,7 @@ import pytest
 
 from lab import images
 from lab.podman import CommandError, PodmanEnv, run
+from lab.rig import Pushed, Rig
 
 NAME = "localhost/small:1"
 
@@ -293,6 +294,32 @@ def test_mounts_of_containers_can_be_written_to(env: PodmanEnv, ours: Ours) -> N
     assert not path.is_mount()
     with pytest.raises(CommandError, match="only be mounted for reading"):
         ours("mount", "--read-write", NAME)
+
+
+# -- layers of an additional layer store ---------------------------------------------------
+
+
+def test_lazy_images_are_told_mounted_compared_and_given_back(rig: Rig, small: Pushed) -> None:
+    image, ours = rig.image(small.name), Ours(rig.env)
+    rig.env.podman("pull", image)
+    same_text(rig.env, ours, "images", "--digests")
+    (document,) = ours.json("inspect", image)
+    (theirs,) = json.loads(rig.env.podman("image", "inspect", image).stdout)
+    layers = document.pop("Layers")
+    assert document == theirs
+    assert {(layer["Source"], layer["Lazy"]) for layer in layers} == {
+        ("additional-layer-store", True)
+    }
+    for layer in layers:
+        assert Path(layer["AdditionalLayer"]).is_relative_to(rig.store)
+        assert Path(layer["DiffPath"]).resolve() == Path(layer["AdditionalLayer"]) / "diff"
+    same_text(rig.env, ours, "diff", image)
+    path = Path(ours("mount", image).stdout.strip())
+    assert (path / "app/hello").read_bytes()
+    assert ours("umount", image).stdout.strip() == document["Id"]
+    assert {layer["uses"] for layer in rig.service.status()["layers"]} == {1}
+    assert ours.json("rmi", image)["Deleted"] == [document["Id"]]
+    assert {layer["uses"] for layer in rig.service.status()["layers"]} == {0}
 
 
 # -- errors --------------------------------------------------------------------------------
