@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from layerstore.errors import CorruptStorage, StorageError
+from layerstore.errors import ConfigError, CorruptStorage, StorageError
 from layerstore.graphroot.staging import TEMPDIRS, StagingLost, TempDirectory
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ _NOT_LAYERS: Final = frozenset((_LINKS, _STAGING, TEMPDIRS))
 _LINK_CHARS: Final = 26
 _ALPHABET: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 _LINK: Final = re.compile(r"[A-Za-z0-9]{1,64}")
+_OTHER_DRIVERS: Final = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
 _MOUNT_PROGRAM: Final = ".has-mount-program"
 
 
@@ -346,6 +347,18 @@ def checked_component(name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise CorruptStorage("an id that is no file name", subject=repr(name[:160]))
     return name
+
+
+def refuse_other_driver(graph_root: Path) -> None:
+    """Raise ``ConfigError`` for a graph root that was made with another driver than overlay."""
+    if (graph_root / "overlay-images").is_dir():
+        return
+    for driver in _OTHER_DRIVERS:
+        if (graph_root / f"{driver}-images").is_dir():
+            raise ConfigError(
+                f"the storage was made with the driver {driver}, only overlay is supported",
+                subject=str(graph_root),
+            )
 
 
 def _link_target(layer: str) -> str:

@@ -43,7 +43,7 @@ from layerstore.graphroot.images import (
 )
 from layerstore.graphroot.layers import Layer, LayerArea
 from layerstore.graphroot.lockfile import LockFile
-from layerstore.graphroot.overlay import RootAttributes
+from layerstore.graphroot.overlay import RootAttributes, refuse_other_driver
 from layerstore.graphroot.published import Published
 from layerstore.graphroot.records import (
     EXPECTED_DIFF_ID,
@@ -56,7 +56,6 @@ from layerstore.graphroot.staging import Staging, TempDirectory, remove_stale
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.image import Digest
 
-_OTHER_DRIVERS: Final = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
 _COMPRESSION: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
 
 _Found = TypeVar("_Found", Layer, Container)
@@ -95,7 +94,7 @@ class Store:
         """
         config = config or StorageConfig.from_system()
         config.check()
-        _refuse_other_driver(config.graph_root)
+        refuse_other_driver(config.graph_root)
         for path in config.additional_image_stores:
             if not path.is_dir():
                 raise ConfigError("the additional image store is no directory", subject=str(path))
@@ -491,14 +490,3 @@ def _find(things: Sequence[_Found], text: str, kind: str) -> _Found:
 
 def _no_layer(layer: str) -> UnknownObject:
     return UnknownObject("the layer does not exist, or no more", subject=layer)
-
-
-def _refuse_other_driver(graph_root: Path) -> None:
-    if (graph_root / "overlay-images").is_dir():
-        return
-    for driver in _OTHER_DRIVERS:
-        if (graph_root / f"{driver}-images").is_dir():
-            raise ConfigError(
-                f"the storage was made with the driver {driver}, only overlay is supported",
-                subject=str(graph_root),
-            )
