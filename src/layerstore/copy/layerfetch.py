@@ -144,7 +144,7 @@ class LayerFetcher:
                     progress=item.advance,
                     ignore_chown_errors=self._store.config.ignore_chown_errors,
                 )
-            except StorageError as error:
+            except (StorageError, ContentError) as error:
                 if directory.exists():
                     raise
                 self._renew(staging)

@@ -121,9 +121,15 @@ class Planner:
         if in_place(record, parent, wanted.diff_id, lazy=layer.is_lazy):
             return Plan(wanted, How.SHARED, layer)
         if wanted.toc is not None and in_place_by_toc(record, parent, wanted.toc):
-            return Plan(wanted, How.TOC, layer) if self._alive(layer) else None
+            return (
+                Plan(wanted, How.TOC, layer) if alive(layer, self._options.lookup_seconds) else None
+            )
         if self._options.dialect_l and in_place_by_word(record, parent, wanted):
-            return Plan(wanted, How.SHARED, layer) if self._alive(layer) else None
+            return (
+                Plan(wanted, How.SHARED, layer)
+                if alive(layer, self._options.lookup_seconds)
+                else None
+            )
         return None
 
     def _in_place(self, known: _Known, parent: str, wanted: WantedLayer) -> Plan | None:
@@ -131,18 +137,6 @@ class Planner:
         found = [self._is(layer, parent, wanted) for layer in known.on(parent)]
         plans = [plan for plan in found if plan is not None]
         return min(plans, key=lambda plan: plan.how is How.TOC, default=None)
-
-    def _alive(self, layer: Layer) -> bool:
-        """Whether a layer's content can be reached: its store may be gone."""
-        additional = layer.additional_layer
-        if additional is None:
-            return True
-        try:
-            read_info(additional, seconds=self._options.lookup_seconds)
-        except (OSError, StorageError) as error:
-            _log.warning("layer %s is not used: %s", layer.id, error)
-            return False
-        return True
 
     def _offers(self, wanted: list[WantedLayer], plans: list[Plan]) -> dict[int, AlsLayer]:
         """What the layer stores have, asked at once; each directory once in an image."""
@@ -189,6 +183,19 @@ class Planner:
         if offer is not None:
             return Plan(wanted, How.ALS, found=offer)
         return Plan(wanted, How.PULLED)
+
+
+def alive(layer: Layer, seconds: float) -> bool:
+    """Whether a layer's content can be reached: its layer store may be gone."""
+    additional = layer.additional_layer
+    if additional is None:
+        return True
+    try:
+        read_info(additional, seconds=seconds)
+    except (OSError, StorageError) as error:
+        _log.warning("layer %s is not used: %s", layer.id, error)
+        return False
+    return True
 
 
 class _Known:

@@ -31,7 +31,7 @@ from layerstore.copy.progress import (
     STORING_SIGNATURES,
     WRITING_MANIFEST,
 )
-from layerstore.copy.pullplan import OLD_PODMAN, Plan, Planner
+from layerstore.copy.pullplan import OLD_PODMAN, Plan, Planner, alive
 from layerstore.copy.reuse import (
     How,
     KnownImage,
@@ -165,16 +165,21 @@ class _Pull:
                 for plan, future in zip(plans, futures, strict=True):
                     if future is not None:
                         _first(running, future)
-                    parent = done[-1].layer.id if done else ""
-                    done.append(self._commit(plan, parent, future, done))
-            except BaseException:
+                    done.append(self._commit(plan, future, done))
+            except BaseException as error:
                 self._fetcher.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
                 for left in running:
                     if not left.cancelled() and left.exception() is None:
                         left.result().abandoned()
+                if isinstance(error, StorageError) and self._is_dead(done):
+                    raise _Vanished from error
                 raise
         return done
+
+    def _is_dead(self, done: list[_Done]) -> bool:
+        """Whether a layer store has died since its layers were committed."""
+        return any(not alive(one.layer, self._options.lookup_seconds) for one in done[-1:])
 
     def _begin(self, plan: Plan, pool: ThreadPoolExecutor) -> Future[FetchedLayer] | None:
         digest = plan.wanted.descriptor.digest
@@ -202,14 +207,9 @@ class _Pull:
             _log.warning("layer %s cannot be copied, so it is pulled: %s", plan.layer.id, error)
             return self._fetch(plan.wanted)
 
-    def _commit(
-        self,
-        plan: Plan,
-        parent: str,
-        future: Future[FetchedLayer] | None,
-        below: list[_Done],
-    ) -> _Done:
+    def _commit(self, plan: Plan, future: Future[FetchedLayer] | None, below: list[_Done]) -> _Done:
         wanted = plan.wanted
+        parent = below[-1].layer.id if below else ""
         if plan.how in (How.SHARED, How.TOC):
             assert plan.layer is not None
             return _Done(wanted, plan.how, plan.layer)

@@ -83,8 +83,8 @@ class _Document(msgspec.Struct, rename="camel"):
     layers: list[_Descriptor] | None = None
     manifests: list[_Descriptor] | None = None
     annotations: dict[str, str] | None = None
-    fs_layers: msgspec.Raw | None = None
-    history: msgspec.Raw | None = None
+    fs_layers: Any = None  # of schema 1
+    history: Any = None
 
 
 _DECODER: Final = msgspec.json.Decoder(_Document, dec_hook=decode_digest)
