@@ -22,7 +22,7 @@ lint: bootstrap ## ruff (rules, format) and mypy --strict
 	.venv/bin/mypy
 
 test: lint trixie ## lint, unit tests and the tests against the real tools
-	$(PYTHON) -m pytest tests/unit tests/compat
+	$(PYTHON) -m pytest tests/unit tests/compat tests/faults
 
 bench: bootstrap ## measure against a plain pull (and a peer) over two links
 	@$(PYTHON) -m benchmarks

@@ -93,6 +93,11 @@ class PodmanEnv:
     store in the form with references (``PATH:ref``); ``registries`` ("host:port") are marked
     insecure.  The ``extra`` texts go into storage.conf (after the table ``storage.options``) and
     registries.conf (before its tables).
+
+    With ``beside`` the graph root and the run root are those of that environment, which has to
+    outlive this one.  Everything else stays private, Podman's database too: versions 4 and 5 keep
+    different ones (bolt, SQLite), and each takes the containers of the other for "external" ones,
+    as it does those of Buildah and CRI-O, with which it may share a storage.
     """
 
     def __init__(
@@ -105,12 +110,15 @@ class PodmanEnv:
         registries: Sequence[str] = (),
         storage_extra: str = "",
         registries_extra: str = "",
+        beside: PodmanEnv | None = None,
     ) -> None:
         self.directory: Final = directory.absolute()
         self.flavour: Final = flavour
         self.tools: Final = Tools.of(flavour)
-        self.graph_root: Final = self.directory / "root"
-        self.run_root: Final = _short_run_root(self.directory / "run")
+        self._beside: Final = beside
+        self.graph_root: Final[Path] = beside.graph_root if beside else self.directory / "root"
+        own_run_root = _short_run_root(self.directory / "run")
+        self.run_root: Final[Path] = beside.run_root if beside else own_run_root
         self.tmp: Final = self.directory / "tmp"
         self.home: Final = self.directory / "home"
         self.conf: Final = self.directory / "conf"
@@ -254,14 +262,15 @@ class PodmanEnv:
         }
 
     def cleanup(self) -> None:
-        """Remove containers and images, unmount what is left, remove the directory."""
-        for arguments in (
-            ("rm", "--all", "--force", "--time=0"),
-            ("rmi", "--all", "--force"),
-        ):
+        """Remove containers and images, unmount what is left, remove the directory.
+
+        Of an environment beside another only its own containers.
+        """
+        removals = [("rm", "--all", "--force", "--time=0"), ("rmi", "--all", "--force")]
+        for arguments in removals[:1] if self._beside else removals:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 self.podman(*arguments, check=False, timeout=_CLEANUP_SECONDS)
-        for place in (self.directory, self.run_root):
+        for place in (self.directory,) if self._beside else (self.directory, self.run_root):
             unmount_below(place)
             shutil.rmtree(place, ignore_errors=True)
 
@@ -287,6 +296,13 @@ class PodmanEnv:
         return run([*command, *map(str, arguments)], self.environment(), check, timeout, stdin)
 
     def _engine_settings(self) -> str:
+        # Below the run root, because the name of a socket has to be short.
+        own = f"libpod-{self.directory.name}" if self._beside else "libpod"
+        database = ""
+        if self._beside:
+            database = f"static_dir = {_toml(self.directory / 'libpod')}\n"
+            if self.flavour == "debian13":
+                database += 'database_backend = "sqlite"\n'
         return f"""\
 [containers]
 default_ulimits = [{_limit("nofile", resource.RLIMIT_NOFILE, 20000)}, \
@@ -299,7 +315,8 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 lock_type = "file"
-tmp_dir = {_toml(self.run_root / "libpod")}
+tmp_dir = {_toml(self.run_root / own)}
+{database}\
 image_copy_tmp_dir = {_toml(self.tmp)}
 conmon_path = [{_toml(self.tools.conmon)}]
 helper_binaries_dir = [{_toml(self.tools.helpers)}]
