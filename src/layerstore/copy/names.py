@@ -80,7 +80,7 @@ def open_source(name: str | ImageName, ctx: CopyContext) -> ImageSource:
         case "dir":
             return DirSource(Path(name.rest))
         case _:
-            return StorageSource(*open_storage(name.rest, ctx))
+            return StorageSource(*open_storage(name.rest, ctx, read_only=True))
 
 
 def open_destination(
@@ -125,7 +125,7 @@ def open_destination(
             raise UsageError("images come into a storage by being pulled", subject=str(name))
 
 
-def open_storage(rest: str, ctx: CopyContext) -> tuple[Store, str]:
+def open_storage(rest: str, ctx: CopyContext, *, read_only: bool = False) -> tuple[Store, str]:
     """The storage that a ``containers-storage`` name means, and the image's name in it.
 
     Raises ``InvalidReference``, ``ConfigError`` and ``StorageError``.
@@ -134,8 +134,8 @@ def open_storage(rest: str, ctx: CopyContext) -> tuple[Store, str]:
     if not name:
         raise UsageError("the name of the image is missing", subject=f"{STORAGE}:{rest}")
     if location is not None:
-        return Store.open(location.config()), name
-    return Store.open(ctx.storage), name
+        return Store.open(location.config(), read_only=read_only), name
+    return Store.open(ctx.storage, read_only=read_only), name
 
 
 def _client(settings: RegistrySettings | None) -> RegistryClient:
