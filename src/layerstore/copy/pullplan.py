@@ -187,11 +187,10 @@ class Planner:
 
 def alive(layer: Layer, seconds: float) -> bool:
     """Whether a layer's content can be reached: its layer store may be gone."""
-    additional = layer.additional_layer
-    if additional is None:
-        return True
     try:
-        read_info(additional, seconds=seconds)
+        additional = layer.additional_layer
+        if additional is not None:
+            read_info(additional, seconds=seconds)
     except (OSError, StorageError) as error:
         _log.warning("layer %s is not used: %s", layer.id, error)
         return False

@@ -28,7 +28,12 @@ from layerstore.formats import LayerStream
 from layerstore.graphroot import als, atomic
 from layerstore.graphroot.export import export_diff
 from layerstore.graphroot.mountpoints import unmount_for_removal
-from layerstore.graphroot.overlay import Overlay, RootAttributes, checked_component
+from layerstore.graphroot.overlay import (
+    Overlay,
+    RootAttributes,
+    checked_component,
+    has_additional_layer,
+)
 from layerstore.graphroot.records import INCOMPLETE, LayerRecord
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.staging import StagingLost, TempDirectory
@@ -214,7 +219,7 @@ class LayerEdit:
             self.save()
         unmount_for_removal(self.area.run_directory, layers)
         for layer in layers:
-            additional = self.area.overlay.additional_layer(layer) if release else None
+            additional = self._to_release(layer) if release else None
             self.area.overlay.detach(layer, self.bin)
             self.area._tar_split(layer).unlink(missing_ok=True)
             remove_tree(self.area.big_data_directory(layer))
@@ -223,6 +228,15 @@ class LayerEdit:
         for layer in layers:
             del self._records[layer]
         self.save()
+
+    def _to_release(self, layer: str) -> Path | None:
+        try:
+            return self.area.overlay.additional_layer(layer)
+        except CorruptStorage as error:
+            # A power failure leaves empty files. One that stopped the removal would stop every
+            # other change, too.
+            _log.warning("no layer store is told that a layer goes: %s", error)
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,8 +299,8 @@ class Layer:
 
     @property
     def is_lazy(self) -> bool:
-        """Whether an additional layer store has the content."""
-        return self.additional_layer is not None
+        """Whether an additional layer store has the content, as far as this graph root says."""
+        return has_additional_layer(self.area.overlay.directory(self.id))
 
     def size(self) -> int:
         """Bytes of the tar stream; if nobody knows them, of the files, each inode once."""

@@ -34,8 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from layerstore.errors import ConfigError, CorruptStorage, StorageError
+from layerstore.errors import ConfigError, CorruptStorage, InvalidDigest, StorageError
 from layerstore.graphroot.staging import TEMPDIRS, StagingLost, TempDirectory
+from layerstore.image import Digest
 
 _log = logging.getLogger(__name__)
 
@@ -339,7 +340,19 @@ def additional_layer_of(directory: Path) -> Path | None:
     path = Path(os.fsdecode(text.strip()))
     if not path.is_absolute() or ".." in path.parts:
         raise CorruptStorage("additionallayer is no absolute path", subject=str(directory))
+    try:
+        # It is asked for its use and told of its release, by O_TRUNC and rmdir.
+        Digest.parse(path.name)
+    except InvalidDigest as error:
+        raise CorruptStorage(
+            "additionallayer leads to no layer of a layer store", subject=str(directory)
+        ) from error
     return path
+
+
+def has_additional_layer(directory: Path) -> bool:
+    """Whether a layer's directory says that a layer store has the content, readable or not."""
+    return os.path.lexists(directory / "additionallayer")
 
 
 def checked_component(name: str) -> str:

@@ -105,13 +105,39 @@ def test_layers_that_a_crash_left_are_deleted_by_the_next_reader(
 def test_a_layer_store_is_told_of_its_layer_that_a_crash_left(
     store: Store, released: list[Path]
 ) -> None:
+    place = f"/store/sha256:{'ab' * 32}"
+
     def half_made(area: LayerArea) -> None:
         (area.overlay.home / "half").mkdir()
-        (area.overlay.home / "half/additionallayer").write_text("/store/sha256:ab")
+        (area.overlay.home / "half/additionallayer").write_text(place)
 
     crash(store, "half", after=half_made)
     assert store.layers() == []
-    assert released == [Path("/store/sha256:ab")]
+    assert released == [Path(place)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "relative", "/var/lib/precious", f"/store/../sha256:{'ab' * 32}"]
+)
+def test_an_additionallayer_that_cannot_be_is_in_nobodys_way(
+    store: Store, released: list[Path], text: str
+) -> None:
+    """As a power failure, or somebody's hand, leaves it: it would stop every change for ever."""
+
+    def half_made(area: LayerArea) -> None:
+        (area.overlay.home / "half").mkdir()
+        (area.overlay.home / "half/additionallayer").write_text(text)
+
+    kept = handmade.put_layer(store, [FILE])
+    (kept.area.overlay.home / kept.id / "additionallayer").write_text(text)
+    crash(store, "half", after=half_made)
+    (listed,) = store.layers()
+    assert (listed.id, listed.is_lazy) == (kept.id, True)
+    assert kept.diff_id is not None
+    assert store.layers_by_diff_id(kept.diff_id) == []
+    store.delete_layer(kept.id)
+    assert store.layers() == []
+    assert released == []
 
 
 def test_a_read_only_store_hides_what_a_crash_left(store: Store) -> None:

@@ -91,7 +91,7 @@ def test_staged_content_that_was_collected(overlay: Overlay, tmp_path: Path) -> 
 
 
 def test_a_layer_of_a_layer_store(overlay: Overlay, tmp_path: Path) -> None:
-    found = tmp_path / "store/sha256:ab"
+    found = tmp_path / f"store/sha256:{'ab' * 32}"
     (found / "diff").mkdir(parents=True, mode=0o755)
     directory = create(overlay, "lazy", additional=found)
     assert (directory / "additionallayer").read_text() == str(found)
