@@ -28,8 +28,8 @@ class Request:
     """One request as it was answered.
 
     ``path`` includes the query; ``status`` is 0 while no answer came; ``bytes`` counts body bytes
-    sent to the client; ``range`` is the Range header or None; ``started`` is on the clock of
-    ``time.monotonic`` (0.0 where it is not known).
+    sent to the client; ``range`` is the Range header or None; ``started`` and ``ended`` (of the
+    answer) are on the clock of ``time.monotonic`` (0.0 where that is not known).
     """
 
     method: str
@@ -38,12 +38,13 @@ class Request:
     bytes: int
     range: str | None = None
     started: float = 0.0
+    ended: float = 0.0
 
 
 class _Entry:
     """A request under way: the mutable form of Request."""
 
-    __slots__ = ("method", "path", "range", "sent", "started", "status")
+    __slots__ = ("ended", "method", "path", "range", "sent", "started", "status")
 
     def __init__(self, method: str, path: str, range_: str | None) -> None:
         self.method = method
@@ -52,9 +53,12 @@ class _Entry:
         self.status = 0
         self.sent = 0
         self.started = time.monotonic()
+        self.ended = 0.0
 
     def freeze(self) -> Request:
-        return Request(self.method, self.path, self.status, self.sent, self.range, self.started)
+        return Request(
+            self.method, self.path, self.status, self.sent, self.range, self.started, self.ended
+        )
 
 
 class RecordingProxy:
@@ -178,6 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         entry = proxy._open(self.command, self.path, self.headers.get("Range"))
         try:
+            self._pass_on(entry, proxy.delay)
+        finally:
+            entry.ended = time.monotonic()
+
+    def _pass_on(self, entry: _Entry, delay: float) -> None:
+        try:
             response = self._ask()
         except (OSError, http.client.HTTPException):
             self._drop_upstream()
@@ -185,8 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.send_error(502)
             return
-        if proxy.delay > 0:
-            time.sleep(proxy.delay)
+        if delay > 0:
+            time.sleep(delay)
         entry.status = response.status
         self._answer(response, entry)
 

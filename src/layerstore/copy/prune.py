@@ -17,13 +17,19 @@ def prune(
     store: Store,
     *,
     all_images: bool = False,
+    grace_seconds: float = limits.UNUSED_LAYER_SECONDS,
     retired_seconds: float = limits.RETIRED_SECONDS,
 ) -> cleanup.Pruned:
     """Remove what ``cleanup.prune`` does, and the partial blobs that no pull is working on.
 
     What dead processes staged is removed whenever a store is opened for writing.
     """
-    result = cleanup.prune(store, all_images=all_images, retired_seconds=retired_seconds)
+    result = cleanup.prune(
+        store,
+        all_images=all_images,
+        grace_seconds=grace_seconds,
+        retired_seconds=retired_seconds,
+    )
     partial = store.config.graph_root / spool.DIRECTORY
     before = _size(partial)
     spool.Spool(store.config.graph_root).expire(seconds=0.0)

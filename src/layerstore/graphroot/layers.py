@@ -217,7 +217,8 @@ class LayerEdit:
             self._records[record.id] = replace(record, flags=flags)
         if not all(record.incomplete for record in flagged):
             self.save()
-        unmount_for_removal(self.area.run_directory, layers)
+        places = {layer: self.area.overlay.home / layer / "merged" for layer in layers}
+        unmount_for_removal(self.area.run_directory, places)
         for layer in layers:
             additional = self._to_release(layer) if release else None
             self.area.overlay.detach(layer, self.bin)

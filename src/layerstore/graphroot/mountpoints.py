@@ -11,7 +11,7 @@ import ctypes
 import errno
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from layerstore.graphroot.records import dumps, load_json
 _log = logging.getLogger(__name__)
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
+_STACKED: Final = 16  # mounts on one mount point
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +101,28 @@ def detach_mount(path: Path) -> None:
             raise MountError(f"cannot be unmounted: {os.strerror(number)}", subject=str(path))
 
 
-def unmount_for_removal(directory: Path, layers: Iterable[str]) -> None:
+def unmount_for_removal(directory: Path, layers: Mapping[str, Path]) -> None:
     """Unmount layers that are about to be deleted, however often they are mounted.
 
-    ``layers.lock`` is held for writing.  As for other tools, it is the images and
-    containers that keep a layer from being deleted, not its mounts.
+    ``layers`` says where each has its mount point, which counts may not know: whoever dies
+    behind a mount does not write it down.  ``layers.lock`` is held for writing.  As for other
+    tools, it is the images and containers that keep a layer from being deleted, not its mounts.
     """
+    _forget(directory, layers)
+    for path in layers.values():
+        for _ in range(_STACKED):
+            if not os.path.ismount(path):
+                break
+            detach_mount(path)
+
+
+def _forget(directory: Path, layers: Collection[str]) -> None:
     if not (directory / "mountpoints.json").exists():
         return
-    doomed = set(layers)
     points = MountPoints(directory)
     with points.lock.writing():
         known = points.load()
-        mounted = [point for point in known if point.id in doomed]
+        mounted = [point for point in known if point.id in layers]
         if not mounted:
             return
         for point in mounted:
@@ -121,4 +131,4 @@ def unmount_for_removal(directory: Path, layers: Iterable[str]) -> None:
                 detach_mount(point.path)
             else:
                 _log.warning("layer %s is mounted at %s: left there", point.id, point.path)
-        points.save([point for point in known if point.id not in doomed])
+        points.save([point for point in known if point.id not in layers])

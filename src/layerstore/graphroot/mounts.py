@@ -67,17 +67,16 @@ def mount_layer(
     with _mounting(store) as points:
         area, record = _find(store, layer_id)  # it may have gone meanwhile
         known = {point.id: point for point in points.load()}
-        point = known.get(record.id)
-        # After a restart of the kernel, or an unmount by hand, the list says nothing.
-        there = point is not None and overlaymount.is_mounted(point.path)
-        count = 0 if point is None else point.count
+        point = known.get(record.id, MountPoint(record.id, request.target, 0))
+        # The list says nothing after a restart of the kernel, an unmount by hand, or the death of
+        # a process between its mount and the list.
+        there = overlaymount.is_mounted(point.path)
         _use_home(store)
         try:
             if not there:
                 _mount(store, request)
-                point = MountPoint(record.id, request.target, count)
-            assert point is not None
-            known[record.id] = replace(point, count=count + 1)
+                point = replace(point, path=request.target)
+            known[record.id] = replace(point, count=point.count + 1)
             points.save(tuple(known.values()))
         except BaseException:
             if not there:
@@ -98,9 +97,10 @@ def unmount_layer(store: Store, layer_id: str, *, force: bool = False) -> bool:
         known = {point.id: point for point in points.load()}
         point = known.pop(layer_id, None)
         if point is None:
-            # Other tools forget the counts of layers that are not their own.
-            target = _run_merged(store, layer_id)
-            if not overlaymount.is_mounted(target):
+            # Other tools forget the counts of layers that are not their own; the dead forget all.
+            places = (store.layer_area.mount_path(layer_id), _run_merged(store, layer_id))
+            target = next(filter(overlaymount.is_mounted, places), None)
+            if target is None:
                 raise UnknownObject("the layer is not mounted", subject=layer_id)
             point = MountPoint(layer_id, target, 1)
         if point.count > 1 and not force:

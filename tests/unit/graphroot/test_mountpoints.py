@@ -55,7 +55,9 @@ def test_deleted_layers_are_unmounted(
     ]
     (tmp_path / "mountpoints.json").write_text(json.dumps(items))
     with caplog.at_level(logging.WARNING):
-        unmount_for_removal(tmp_path, ["a", "c", "d"])
+        unmount_for_removal(
+            tmp_path, {name: tmp_path / name / "merged" for name in ["a", "c", "d"]}
+        )
     assert detached == [Path("/root/overlay/a/merged")]
     assert "/etc" in caplog.text
     left = json.loads((tmp_path / "mountpoints.json").read_text())
@@ -63,7 +65,7 @@ def test_deleted_layers_are_unmounted(
 
 
 def test_without_mounts_nothing_is_written(tmp_path: Path, detached: list[Path]) -> None:
-    unmount_for_removal(tmp_path, ["a"])
+    unmount_for_removal(tmp_path, {name: tmp_path / name / "merged" for name in ["a"]})
     assert list(tmp_path.iterdir()) == []
     assert detached == []
 
