@@ -52,7 +52,7 @@ _DATA_BYTES: Final = 3 << 20
 # What a command on an image may say that somebody removes at the same moment.
 _GONE: Final = (
     # ours
-    r"no such image",
+    r"no such (image|object)",
     r"no such layer",
     r"the layer does not exist, or no more",
     r"a layer of the image is missing",

@@ -96,9 +96,10 @@ def test_eight_rows_of_processes(
         if image.family == "kept":
             first.podman("pull", "-q", image.name)
 
-    before = set(threading.enumerate())
+    before = set(threading.enumerate())  # those of the registry proxies come and go
     stress.run_all(workers, SECONDS)
-    assert set(threading.enumerate()) <= before
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if "process_request" not in thread.name]
     tell(board)
     failures = "\n".join(map(str, board.failures))
     assert not board.failures, f"seed {seed}\n{failures}"

@@ -97,7 +97,7 @@ class Victim:
         listed = json.loads(env.podman("images", "-a", "--format", "json").stdout)
         assert {image["Id"] for image in listed} == {image.id for image in self.store().images()}
         if self.number % 5 == 0:
-            shown = json.loads(env.containers_storage("layers", "--json").stdout)
+            shown = json.loads(env.containers_storage("layers", "--json").stdout) or []
             assert not any(INCOMPLETE in layer.get("flags", {}) for layer in shown), point
             for image in listed:
                 printed = env.podman("run", "--pull=never", "--name=look", image["Id"]).stdout
@@ -184,7 +184,8 @@ class Pushing:
 
     def _get(self, method: str, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self.victim.registry, timeout=10)
-        accepted = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
+        kinds = ("vnd.oci.image.manifest.v1+json", "vnd.docker.distribution.manifest.v2+json")
+        accepted = {"Accept": ", ".join(f"application/{kind}" for kind in kinds)}
         with contextlib.closing(connection):
             connection.request(method, f"/v2/{self.repository}/{path}", headers=accepted)
             answer = connection.getresponse()
