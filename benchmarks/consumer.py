@@ -108,9 +108,9 @@ def _lazy_pulls(registry: DebianRegistry, work: Path, repeat: int) -> dict[str, 
             for tool in ("podman", "layerstore"):
                 rig.env.podman("rmi", "--all", "--force")
                 seconds.setdefault(tool, []).append(_pull(rig.env, tool, image))
-                assert "20" == str(
+                assert (
                     len(json.loads(rig.env.podman("inspect", image).stdout)[0]["RootFS"]["Layers"])
-                )
+                ) == 20
     return seconds
 
 

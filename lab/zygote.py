@@ -7,6 +7,7 @@ them in what it does, not in what it imports.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -80,13 +81,9 @@ class Zygote:
 
 
 def _serve() -> None:
-    import layerstore.cli  # noqa: PLC0415 - not for who only starts this
-    import layerstore.cli.check
-    import layerstore.cli.images
-    import layerstore.cli.prune
-    import layerstore.cli.pull
-    import layerstore.cli.push
-    import layerstore.cli.save  # noqa: F401
+    # not for who only starts this
+    for verb in ("check", "images", "prune", "pull", "push", "save"):
+        importlib.import_module(f"layerstore.cli.{verb}")
 
     for line in iter(sys.stdin.readline, ""):
         log, *arguments = json.loads(line)
