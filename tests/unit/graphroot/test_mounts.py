@@ -189,6 +189,37 @@ def test_a_list_that_cannot_be_saved_undoes_the_mount(
     assert not overlaymount.is_mounted(config.graph_root / "overlay" / base.id / "merged")
 
 
+def die_behind_a_mount(store: Store, layer: Layer) -> Path:
+    """Mounted, but not in the list: as after ``kill -9`` between the two."""
+    path = mounts.mount_layer(store, layer.id, read_only=True)
+    (store.layer_area.run_directory / "mountpoints.json").unlink()
+    return path
+
+
+@ROOT
+def test_a_mount_that_nobody_wrote_down_is_used_and_ends(config: StorageConfig) -> None:
+    store = Store.open(config)
+    base, _ = two(store)
+    path = die_behind_a_mount(store, base)
+    assert mounts.mount_layer(store, base.id, read_only=True) == path
+    assert mounts.unmount_layer(store, base.id) is False
+    assert not overlaymount.is_mounted(path)
+    die_behind_a_mount(store, base)
+    assert mounts.unmount_layer(store, base.id) is False
+    assert not overlaymount.is_mounted(path)
+    assert not overlaymount.is_mounted(config.graph_root / "overlay")
+
+
+@ROOT
+def test_a_mount_that_nobody_wrote_down_goes_with_its_layer(config: StorageConfig) -> None:
+    store = Store.open(config)
+    _, upper = two(store)
+    path = die_behind_a_mount(store, upper)
+    store.delete_layer(upper.id)
+    assert not overlaymount.is_mounted(path)
+    assert not (config.graph_root / "overlay/tempdirs").exists()
+
+
 @ROOT
 def test_the_mark_of_a_volatile_mount_is_no_obstacle(config: StorageConfig) -> None:
     store = Store.open(config)
