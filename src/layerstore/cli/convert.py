@@ -12,9 +12,8 @@ from rich.filesize import decimal
 
 from layerstore.copy import ConvertOptions, ConvertResult, LayerProgress
 from layerstore.copy import convert as convert_image
-from layerstore.copy.bars import listener
 from layerstore.copy.convert import Progress as Listener
-from layerstore.copy.progress import PullItem, PullListener
+from layerstore.copy.progress import PullItem, PullListener, listener
 from layerstore.errors import ConfigError
 from layerstore.formats import EstargzOptions
 from layerstore.formats.estargz_writer import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from layerstore.cli.common import STORAGE, Json, StorageFlags, option, print_json, switch
-from layerstore.copy.bars import listener
 from layerstore.copy.context import CopyContext
 from layerstore.copy.copyimage import CopyOptions, Platforms, copy_image
 from layerstore.copy.manifestedit import Family
 from layerstore.copy.policy import Policy
+from layerstore.copy.progress import listener
 from layerstore.copy.recompress import Form
 from layerstore.errors import StorageError, UsageError
 from layerstore.image import Platform, Reference

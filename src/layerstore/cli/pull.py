@@ -20,8 +20,8 @@ from layerstore.cli.common import (
     print_json,
     switch,
 )
-from layerstore.copy.bars import listener
 from layerstore.copy.policy import Policy
+from layerstore.copy.progress import listener
 from layerstore.copy.pull import PullOptions, When, registry_host
 from layerstore.copy.pull import pull as pull_image
 from layerstore.copy.storage_destination import PullResult

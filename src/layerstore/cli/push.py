@@ -16,11 +16,11 @@ from layerstore.cli.common import (
     print_json,
     switch,
 )
-from layerstore.copy.bars import listener
 from layerstore.copy.context import CopyContext
 from layerstore.copy.copyimage import CopyOptions
 from layerstore.copy.manifestedit import Family
 from layerstore.copy.policy import Policy
+from layerstore.copy.progress import listener
 from layerstore.copy.pull import registry_host
 from layerstore.copy.push import push as push_image
 from layerstore.copy.recompress import Form

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from layerstore.cli.common import STORAGE, Json, StorageFlags, option, print_json, switch
-from layerstore.copy.bars import listener
 from layerstore.copy.context import CopyContext
+from layerstore.copy.progress import listener
 from layerstore.copy.saveload import LoadedImage, SaveFormat
 from layerstore.copy.saveload import load as load_images
 from layerstore.copy.saveload import save as save_images

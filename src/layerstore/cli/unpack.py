@@ -17,8 +17,8 @@ from layerstore.cli.common import (
     print_json,
     switch,
 )
-from layerstore.copy.bars import listener
 from layerstore.copy.context import CopyContext
+from layerstore.copy.progress import listener
 from layerstore.copy.staticverify import VerifyResult
 from layerstore.copy.staticverify import verify as verify_store
 from layerstore.copy.unpack import UnpackOptions, UnpackResult

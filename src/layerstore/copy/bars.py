@@ -9,17 +9,14 @@ The bars of one image stay on the screen as they ended; the next line is printed
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final, TextIO
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
-from layerstore.copy.progress import Item, Kind, PlainLines, PullItem, PullListener, Quiet
+from layerstore.copy.progress import Item, Kind, PullItem
 from layerstore.image import Digest
 
 _UNITS: Final = ("b", "KiB", "MiB", "GiB", "TiB")
@@ -143,20 +140,3 @@ class _BarItem(Item):
 
     def failed(self) -> None:
         self._bars.end(self._progress, self._task, "failed")
-
-
-@contextmanager
-def listener(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[PullListener]:
-    """The right listener for standard error (or ``stream``), closed at the end."""
-    target = sys.stderr if stream is None else stream
-    chosen: PullListener
-    if quiet:
-        chosen = Quiet()
-    elif target.isatty():
-        chosen = Bars(target)
-    else:
-        chosen = PlainLines(target)
-    try:
-        yield chosen
-    finally:
-        chosen.close()

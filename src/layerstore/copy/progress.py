@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Literal, Protocol, Self, TextIO
 
@@ -160,3 +162,22 @@ class PlainLines:
 
     def close(self) -> None:
         """Nothing."""
+
+
+@contextmanager
+def listener(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[PullListener]:
+    """The right listener for standard error (or ``stream``), closed at the end."""
+    target = sys.stderr if stream is None else stream
+    chosen: PullListener
+    if quiet:
+        chosen = Quiet()
+    elif target.isatty():
+        from layerstore.copy.bars import Bars  # noqa: PLC0415 - what draws them is large
+
+        chosen = Bars(target)
+    else:
+        chosen = PlainLines(target)
+    try:
+        yield chosen
+    finally:
+        chosen.close()

@@ -40,7 +40,7 @@ _ATTEMPTS: Final = 100
 
 # Lock files of this process: opening one of them again and closing it would drop its lock.
 _held: Final[set[str]] = set()
-_held_guard: Final = threading.Lock()
+_held_guard = threading.Lock()
 
 
 class StagingLost(StorageError):
@@ -74,16 +74,21 @@ class TempDirectory:
             if self._closed:
                 raise StorageError("the temporary directory is closed", subject=str(self._root))
             if self._lock is None:
-                self._lock = _create(self._root)
+                try:
+                    self._lock = _create(self._root)
+                except OSError as error:
+                    raise _cannot_be_made(self._root, error) from error
             return self._lock.directory
 
     def new(self) -> Path:
-        """A fresh empty directory, mode 0700, for one layer."""
+        """A fresh empty directory, mode 0700, for one layer; raises ``StorageError``."""
         path = self.directory / f"{next(self._numbers)}-addition"
         try:
             path.mkdir(0o700)
         except FileNotFoundError:
             raise StagingLost("the directory was removed", subject=str(self.directory)) from None
+        except OSError as error:
+            raise _cannot_be_made(path, error) from error
         return path
 
     def take(self, path: Path) -> None:
@@ -229,12 +234,21 @@ def _create(root: Path) -> _OwnLock:
         except FileNotFoundError:
             lock.remove()
             continue
+        except BaseException:
+            lock.remove()
+            raise
         return lock
     raise StorageError("no temporary directory could be made", subject=str(root))
 
 
+def _cannot_be_made(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"no directory can be made: {error.strerror}", subject=str(path))
+
+
 def _forget() -> None:
-    # The child of a fork holds none of its parent's locks.
+    # The child of a fork holds none of its parent's locks, nor ends what its threads did.
+    global _held_guard  # noqa: PLW0603 - a lock cannot be made anew
+    _held_guard = threading.Lock()
     _held.clear()
 
 

@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from layerstore.copy import progress
-from layerstore.copy.bars import Bars, amount, listener
-from layerstore.copy.progress import PlainLines, PullListener, Quiet
+from layerstore.copy.bars import Bars, amount
+from layerstore.copy.progress import PlainLines, PullListener, Quiet, listener
 from layerstore.image import Digest
 
 FIRST, SECOND = Digest.of(b"first"), Digest.of(b"second")
