@@ -76,12 +76,12 @@ class StorageSource(ImageSource):
     def gives_blob(self, digest: Digest) -> bool:
         """See ``ImageSource``."""
         layer = self._by_blob.get(digest)
-        return layer is not None and (layer.is_lazy or layer.diff_id == digest)
+        return layer is not None and (self._is_kept(layer, digest) or layer.diff_id == digest)
 
     def open_blob(self, digest: Digest, size: int) -> BlobStream:
         """See ``ImageSource``; raises ``NotFound`` for a blob that was not kept."""
         layer = self._by_blob.get(digest)
-        if layer is not None and layer.is_lazy:
+        if layer is not None and self._is_kept(layer, digest):
             return _StoredBlob(layer)
         if layer is not None and layer.diff_id == digest:
             return Pieced(layer.tar())
@@ -109,6 +109,15 @@ class StorageSource(ImageSource):
     def signatures(self, digest: Digest) -> tuple[bytes, ...]:
         """See ``ImageSource``."""
         return self._image.signatures() if digest == self._image.digest else ()
+
+    def _is_kept(self, layer: Layer, digest: Digest) -> bool:
+        """Whether a layer store has the blob with this digest beside the layer.
+
+        The manifest of an image that was built here names layers by their tar streams, and
+        that of another image may name one that was packed otherwise.
+        """
+        known = layer.record.compressed_diff_digest
+        return layer.is_lazy and known in (None, digest) and digest not in self._by_diff_id
 
     @cached_property
     def _layers(self) -> list[Layer]:
