@@ -1,15 +1,18 @@
 """An additional layer store of plain directories, for file systems that are read only.
 
-    DIR/sha256:<digest>/{diff,info,blob}                      asked for without a reference
-    DIR/<base64 of the reference>/sha256:<digest>/{...}       with one
-    DIR/.layerstore/layers/<blob digest>/{diff,blob,layer.json}
+    DIR/sha256:<digest>                                       asked for without a reference
+    DIR/<base64 of the reference>/sha256:<digest>             with one
+    DIR/.layerstore/layers/<blob digest>/{diff,info,blob,layer.json}
     DIR/.layerstore/{lock,tmp/}
 
 A layer lies once in ``.layerstore/layers`` and has one or more names: the digest of its blob
-(dialect L), and that of its TOC (dialect T) if it has one.  A name is a directory with an
-``info`` of its own and relative links to ``diff`` and ``blob``, so that the whole can be
-moved, copied with its attributes and mounted anywhere.  Names with and without the reference
-level never collide, because base64 has no colon: one DIR may have both.
+(dialect L), and that of its TOC (dialect T) if it has one.  A name is a relative link to the
+layer, so that the whole can be moved, copied with its attributes and mounted anywhere; ``info``
+says what both dialects want to know.  ``diff`` itself is no link: Podman, which follows the one
+in its own graph root, walks no further than to the next (``podman diff``, sizes).  Only where a
+blob is known by a second TOC, that name is a directory with an ``info`` of its own, and links to
+``diff`` and ``blob``.  Names with and without the reference level never collide, because base64
+has no colon: one DIR may have both.
 
 Nothing is seen half made: everything is built in ``.layerstore/tmp``, synced and renamed to its
 place, layers before their names.  What a crash leaves in ``tmp`` the next writer removes; the lock
@@ -79,22 +82,26 @@ class LayerFile(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     tocs: dict[str, dict[str, str]] = {}
 
     def info(self, name: str) -> bytes:
-        """``info`` of the layer under one of its names.
+        """``info`` of the layer under one of its names; the same for those that are links.
 
-        Everything is known here, so nothing is left open: a client may believe the DiffID of
-        a layer that it found by its TOC.
+        Everything is known here, so nothing is left open: a client may believe the DiffID and
+        the blob's digest of a layer that it found by its TOC.
         """
         known: dict[str, object] = {
+            "compressed-diff-digest": self.digest,
             "compressed-size": self.size,
             "diff-digest": self.diff_id,
             "diff-size": self.diff_size,
             "compression": _NUMBERS[Compression(self.compression)],
         }
-        if name == self.digest:
-            known = {"compressed-diff-digest": self.digest} | known
-        else:
-            known |= {"toc-digest": str(name), "flags": {"expected-layer-diffid": self.diff_id}}
+        toc = next(iter(self.tocs), None) if self.is_link(name) else str(name)
+        if toc is not None:
+            known |= {"toc-digest": toc, "flags": {"expected-layer-diffid": self.diff_id}}
         return msgspec.json.encode(known)
+
+    def is_link(self, name: str) -> bool:
+        """Whether this name is a link to the layer: it is, but for a second TOC."""
+        return name in (self.digest, *list(self.tocs)[:1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,17 +225,20 @@ class StaticStore:
         return found
 
     def layer_of(self, name: Name) -> str | None:
-        """The blob digest of the layer that a name's links lead to, None if they are wrong."""
+        """The blob digest of the layer that a name leads to, None if it leads elsewhere."""
         path = self.directory / name.path
         try:
-            target = os.readlink(path / DIFF)
-            digest = target.split("/")[-2] if target.count("/") > 1 else ""
-            right = target == _link(name, digest, DIFF) and _NAME.fullmatch(digest)
-            if right and os.readlink(path / BLOB) == _link(name, digest, BLOB):
-                return digest
+            if path.is_symlink():
+                digest = os.readlink(path).rpartition("/")[2]
+                right = os.readlink(path) == _link(name, digest)
+            else:
+                target = os.readlink(path / DIFF)
+                digest = target.split("/")[-2] if target.count("/") > 1 else ""
+                right = target == f"../{_link(name, digest)}/{DIFF}"
+                right &= os.readlink(path / BLOB) == f"../{_link(name, digest)}/{BLOB}"
         except OSError:
             return None
-        return None
+        return digest if right and _NAME.fullmatch(digest) else None
 
     def is_right(self, name: Name) -> bool:
         """Whether a name leads to a layer that is there and has it, with the right ``info``."""
@@ -236,11 +246,9 @@ class StaticStore:
         record = None if digest is None else self.layer(digest)
         if record is None or name.digest not in (record.digest, *record.tocs):
             return False
-        try:
-            with (self.directory / name.path / INFO).open("rb") as file:
-                return file.read(limits.LAYER_INFO_BYTES) == record.info(name.digest)
-        except OSError:
-            return False
+        path = self.directory / name.path
+        linked = path.is_symlink() == record.is_link(name.digest)
+        return linked and _read(path / INFO) == record.info(name.digest)
 
     # -- writing ------------------------------------------------------------------
 
@@ -278,7 +286,7 @@ class StaticStore:
             compression=staged.compression.value,
         )
         try:
-            write_file(work / RECORD, msgspec.json.encode(record), mode=0o644)
+            _describe(work, record)
             os.chmod(work, _PUBLIC)
             _sync_file_system(work)
             self._publish(work, self._layers / layer.digest)
@@ -296,7 +304,7 @@ class StaticStore:
         if toc is None or toc in record.tocs:
             return record, toc
         record = msgspec.structs.replace(record, tocs=record.tocs | {str(toc): toc_notes(notes)})
-        write_file(directory / RECORD, msgspec.json.encode(record), mode=0o644)
+        _describe(directory, record)
         return record, str(toc)
 
     def add_name(self, record: LayerFile, reference: Reference | None, digest: str) -> bool:
@@ -308,10 +316,17 @@ class StaticStore:
             if self.is_right(name):
                 return False
             work = self._work()
-            os.symlink(_link(name, record.digest, DIFF), work / DIFF)
-            os.symlink(_link(name, record.digest, BLOB), work / BLOB)
-            write_file(work / INFO, record.info(digest), mode=0o644)
-            os.chmod(work, _PUBLIC)
+            link = _link(name, record.digest)
+            if record.is_link(digest):
+                if _read(self._layers / record.digest / INFO) != record.info(digest):
+                    _describe(self._layers / record.digest, record)
+                work /= "link"
+                os.symlink(link, work)
+            else:
+                os.symlink(f"../{link}/{DIFF}", work / DIFF)
+                os.symlink(f"../{link}/{BLOB}", work / BLOB)
+                write_file(work / INFO, record.info(digest), mode=0o644)
+                os.chmod(work, _PUBLIC)
             if not final.parent.is_dir():
                 final.parent.mkdir()
                 os.chmod(final.parent, _PUBLIC)
@@ -386,9 +401,25 @@ def _root_entry(blob: Path) -> TarEntry | None:
     return None
 
 
-def _link(name: Name, digest: str, part: str) -> str:
-    up = "../.." if name.reference else ".."
-    return f"{up}/{OWN}/{LAYERS}/{digest}/{part}"
+def _describe(directory: Path, record: LayerFile) -> None:
+    """Write what is known of a layer, for us and for clients; raises ``OSError``."""
+    write_file(directory / RECORD, msgspec.json.encode(record), mode=0o644)
+    write_file(directory / INFO, record.info(record.digest), mode=0o644)
+
+
+def _read(path: Path) -> bytes:
+    """A small file, ``b""`` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(limits.LAYER_INFO_BYTES)
+    except OSError:
+        return b""
+
+
+def _link(name: Name, digest: str) -> str:
+    """From where a name lies to its layer."""
+    up = "../" if name.reference else ""
+    return f"{up}{OWN}/{LAYERS}/{digest}"
 
 
 def _take(descriptor: int, kind: int, waiting: Callable[[], None] | None) -> None:

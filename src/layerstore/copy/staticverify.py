@@ -90,7 +90,7 @@ def verify(
 def _name_damage(store: StaticStore, name: Name) -> str | None:
     digest = store.layer_of(name)
     if digest is None:
-        return "diff and blob are no links to one layer"
+        return "leads to no layer of this store"
     record = store.layer(digest)
     if record is None:
         return f"leads to the layer {digest}, which is damaged or not there"
