@@ -393,8 +393,8 @@ class Worker:
 
 
 def _end_hanging(process: subprocess.Popen[str]) -> str:
-    """End a process; what can be told about where it was."""
-    told = []
+    """End a process; what can be told about where it was, and who holds which lock."""
+    told = [Path("/proc/locks").read_text(), *_lock_takers()]
     for task in Path(f"/proc/{process.pid}/task").glob("*"):
         with contextlib.suppress(OSError):
             told.append(f"{task.name} {(task / 'comm').read_text().strip()}")
@@ -407,6 +407,17 @@ def _end_hanging(process: subprocess.Popen[str]) -> str:
         process.kill()
         _, err = process.communicate()
     return "\n".join([*told, err[-6000:]])
+
+
+def _lock_takers() -> list[str]:
+    """The processes that may hold a lock."""
+    told = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            if any(Path(os.fsdecode(word)).name in _PROGRAMS.values() for word in command[:3]):
+                told.append(f"{process.name} {os.fsdecode(b' '.join(command))[-200:]}")
+    return told
 
 
 def run_all(workers: Sequence[Worker], seconds: float) -> None:

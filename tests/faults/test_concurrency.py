@@ -8,7 +8,9 @@ database of its own, as Podman and CRI-O on one machine do; the containers of th
 containers/storage 1.43 (Podman 4.3.1) cannot know them: volatile containers (`run --rm` of
 Podman 5), whose layers it would delete, and layers that are known by their TOC only, with which it
 cannot list images.  So the lazy layers beside 4.3.1 are those of dialect L, found by their blobs,
-and those beside 5.4.2 of dialect T.
+and those beside 5.4.2 of dialect T.  And Podman 4.3.1 pulls nothing lazily while others are at work:
+it asks for storage.lock with layers.lock in hand (additionalLayer.PutAs), every Podman that starts
+does the reverse, and so two Podmans alone, without any process of ours, wait for each other for ever.
 
 LAYERSTORE_STRESS_SECONDS is for both tests together, LAYERSTORE_SEED chooses what happens.
 """
@@ -76,6 +78,9 @@ def test_eight_rows_of_processes(
     first: PodmanEnv = rig.env
     images: list[Target] = targets(rig.client.host)
     plain = make_podman_env("debian13", registries=(rig.client.host,), beside=first)
+    theirs = (
+        make_podman_env("debian12", registries=(rig.client.host,), beside=first) if old else first
+    )
     board = Board()
 
     def worker(name: str, kind: stress.Kind, env: PodmanEnv, *flags: str) -> Worker:
@@ -87,8 +92,8 @@ def test_eight_rows_of_processes(
         worker("ours-b", "ours", first, *lazily),
         worker("ours-c", "ours", plain),
         worker("ours-d", "ours", plain),
-        worker("podman-a", "podman", first, "--tls-verify=false"),
-        worker("podman-b", "podman", first, "--tls-verify=false"),
+        worker("podman-a", "podman", theirs, "--tls-verify=false"),
+        worker("podman-b", "podman", theirs, "--tls-verify=false"),
         worker("podman-c", "podman", plain, "--tls-verify=false"),
         worker("storage", "storage", plain),
     ]

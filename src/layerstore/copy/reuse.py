@@ -210,11 +210,15 @@ def choose_image_id(
     tocs: Sequence[Digest | None],
     top_layer: str,
     known: Callable[[str], KnownImage | None],
+    *,
+    usual_layers: bool = True,
 ) -> ImageChoice:
     """The id for the image of ``manifest`` whose layers are in the storage.
 
     ``tocs`` has for each layer the TOC digest by which it is identified, or None.  ``known``
-    looks an id up.  A record with the same layers, config and manifest is this image, also
+    looks an id up.  Without ``usual_layers`` some layer has not the id that others give it
+    (``layer_ids``): under the usual id of the image, Podman refuses to pull it ("already
+    exists, but uses a different top layer"), so that id is left to Podman.  A record with the same layers, config and manifest is this image, also
     under the id of released versions of containers/image, which several images may share.
     Where all layers are checked, another manifest does not matter: the record gets ours.
     """
@@ -229,4 +233,5 @@ def choose_image_id(
         if manifest in image.digests[:1] or (one == usual and not by_toc):
             return ImageChoice(one, replace=True)
     # What is under the usual id is another image: as if containers/image had merged them.
-    return ImageChoice(usual if found[usual] is None else other, replace=False)
+    free = usual_layers and found[usual] is None
+    return ImageChoice(usual if free else other, replace=False)

@@ -293,6 +293,7 @@ class _Pull:
             [done.toc for done in layers],
             top,
             self._known_image,
+            usual_layers=all(_has_usual_id(done) for done in layers),
         )
         try:
             return self._store.put_image(
@@ -320,6 +321,12 @@ class _Pull:
                     image.digests, None if config is None else Digest(config), image.top_layer
                 )
         return None
+
+
+def _has_usual_id(done: _Done) -> bool:
+    layer = done.layer
+    ids = layer_ids(layer.record.parent, done.wanted.diff_id)
+    return done.toc is not None or layer.id == ids[0]
 
 
 def _twin(wanted: WantedLayer, below: list[_Done]) -> Layer | None:

@@ -274,6 +274,21 @@ class LockFile:
         return StorageError(f"{what}: {error.strerror}", subject=str(self.path))
 
 
+@contextlib.contextmanager
+def writing_both(one: LockFile, other: LockFile) -> Iterator[None]:
+    """Hold two locks alone, and neither while waiting for the other; raises ``StorageError``.
+
+    For locks that other programs take in either order: containers/storage 1.43 (Podman 4.3.1)
+    asks for ``storage.lock`` with ``layers.lock`` in hand when it puts a lazy layer in place.
+    """
+    while True:
+        with one.writing(), other.try_writing() as taken:
+            if taken:
+                yield
+                return
+        one, other = other, one  # so the one that was taken is waited for
+
+
 def _lock(descriptor: int, write: bool, wait: bool) -> bool:
     kind = fcntl.LOCK_EX if write else fcntl.LOCK_SH
     while True:

@@ -31,7 +31,7 @@ from layerstore.graphroot.containers import Container
 from layerstore.graphroot.extract import in_user_namespace
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.layers import LayerArea
-from layerstore.graphroot.lockfile import LockFile
+from layerstore.graphroot.lockfile import LockFile, writing_both
 from layerstore.graphroot.mountpoints import MountPoint, MountPoints
 from layerstore.graphroot.overlay import checked_component
 from layerstore.graphroot.overlaymount import OverlayMount
@@ -279,10 +279,8 @@ def _mounting(store: Store) -> Iterator[MountPoints]:
         raise StorageError(
             "the storage is open for reading only", subject=str(store.config.graph_root)
         )
-    with (
-        LockFile.at(store.config.graph_root / "storage.lock").writing(),
-        store.layer_area.table.lock.writing(),
-    ):
+    storage = LockFile.at(store.config.graph_root / "storage.lock")
+    with writing_both(storage, store.layer_area.table.lock):
         store.layer_area.run_directory.mkdir(0o700, parents=True, exist_ok=True)
         points = MountPoints(store.layer_area.run_directory)
         with points.lock.writing():

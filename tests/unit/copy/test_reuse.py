@@ -202,6 +202,14 @@ def test_an_image_whose_layers_are_others_keeps_its_id() -> None:
     assert again == ImageChoice(chosen.id, replace=True)
 
 
+def test_an_image_of_stand_in_layers_leaves_the_usual_id_to_others() -> None:
+    chosen = choose_image_id(CONFIG, MANIFEST, (None,), "top", lambda _: None, usual_layers=False)
+    assert chosen.id != CONFIG.hex
+    mine = {chosen.id: KnownImage((MANIFEST,), CONFIG, "top")}
+    again = choose_image_id(CONFIG, MANIFEST, (None,), "top", mine.get, usual_layers=False)
+    assert again == ImageChoice(chosen.id, replace=True)
+
+
 def test_tocs_go_into_the_id_with_the_config() -> None:
     assert choose((TOC, None), {}).id == image_id(CONFIG, (TOC, None))
     other = choose_image_id(digest("c2"), MANIFEST, (TOC, None), "top", lambda _: None)

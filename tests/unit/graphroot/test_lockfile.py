@@ -13,7 +13,7 @@ import pytest
 
 from layerstore import limits
 from layerstore.errors import StorageError
-from layerstore.graphroot.lockfile import LockFile
+from layerstore.graphroot.lockfile import LockFile, writing_both
 
 # Another process: what it does is in argv[2], and it says when it holds the lock.
 OTHER = """
@@ -222,6 +222,34 @@ def test_readers_that_keep_coming_let_other_processes_write(
         other.end()
         for thread in threads:
             thread.join()
+
+
+def test_two_locks_are_never_waited_for_one_with_the_other_in_hand(tmp_path: Path) -> None:
+    storage, layers = (tmp_path / name for name in ("storage.lock", "layers.lock"))
+    got = threading.Event()
+
+    def both() -> None:
+        with writing_both(LockFile.at(storage), LockFile.at(layers)):
+            assert not other_can(storage, "write")
+            assert not other_can(layers, "write")
+            got.set()
+
+    first = Other(layers, "write")
+    assert first.answer() == "held"
+    thread = threading.Thread(target=both)
+    thread.start()
+    until_waiting(LockFile.at(layers), 1)
+    # as Podman 4.3.1, which holds the layers' lock, and wants the other one now
+    assert not got.is_set()
+    second = Other(storage, "write")
+    assert second.answer() == "held"
+    first.end()
+    until_waiting(LockFile.at(storage), 1)
+    assert other_can(layers, "write")
+    assert not got.is_set()
+    second.end()
+    thread.join(10)
+    assert got.is_set()
 
 
 def test_an_error_inside_gives_the_lock_back(path: Path) -> None:
