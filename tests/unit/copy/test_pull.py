@@ -713,6 +713,29 @@ def test_dialect_l_only_when_enabled(puller: Puller) -> None:
     assert puller.pull("a/b:1").image_id == checked.image_id
 
 
+def test_an_image_beside_unchecked_layers_leaves_its_usual_id_to_podman(puller: Puller) -> None:
+    puller.with_layer_store()
+    image = puller.publish("a/b:1", change=plain)
+    store = Store.open(puller.config)
+    written = image.layers[0]
+    info = {"diff-digest": written.diff_id, "diff-size": 10240, "compression": 2}
+    puller.serve_lazily("a/b:1", image, 0, by="blob", info=info)
+    lazy = puller.pull("a/b:1", dialect_l=True)
+    # another image keeps the layers, this one goes
+    first = store.image(lazy.image_id)
+    keep = store.put_image(
+        image_id="ab" * 32,
+        layer=first.top_layer,
+        names=["localhost/keep:1"],
+        manifest=first.manifest(),
+        config=first.config(),
+    )
+    store.remove_image(lazy.image_id)
+    checked = puller.pull("a/b:1")
+    assert checked.layers[0].layer_id == layer_ids("", written.diff_id)[1]
+    assert checked.image_id not in (lazy.image_id, keep.id)
+
+
 def test_dialect_l_with_another_diff_id_is_a_miss(puller: Puller) -> None:
     puller.with_layer_store()
     image = puller.publish("a/b:1", FILES[:1], change=plain)
