@@ -1,132 +1,252 @@
-"""`python -m benchmarks.consumer`: our pulls beside Podman's, from the same registry, in one run.
+"""`python -m benchmarks.consumer`: our pulls beside Podman's, of one registry, in one run.
 
-    python -m benchmarks.consumer [--repeat 3] [--json FILE]
+    python -m benchmarks.consumer [--repeat 3] [--link unlimited|shaped] [--json FILE]
 
-Whole pulls of a plain image into empty graph roots, by Podman 4.3.1, Podman 5.4.2 and us, one
-after the other in each round; and lazy pulls of an image of 20 layers from our own store, of
-which the store has resolved all before, so that no registry but for manifest and config is in
-the time.  Seconds are of the whole command, start of the interpreter included.  Needs root and
-what tools/bootstrap installs.
+Whole pulls of plain images into empty graph roots by Podman 4.3.1, Podman 5.4.2 and us, in turns;
+and pulls of an image of 20 layers all of which a layer store has: the running service, and a
+static store.  Seconds are those of the whole command, its start included.  The graph roots lie on
+an ext4 of their own, with a journal, so that what else the machine's file system has seen counts
+for nobody.  Needs root and what tools/bootstrap installs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import http.client
 import json
+import os
+import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from lab import images, oci, tars
-from lab.oci import LayerSource, RunConfig, StoredImage
-from lab.podman import FLAVOURS, Flavour, PodmanEnv, unmount_below
+from benchmarks import consumer_images
+from benchmarks.measured import Use, measured
+from benchmarks.startup import shaped
+from lab import oci
+from lab.podman import FLAVOURS, PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 from lab.rig import Rig
 from layerstore.copy import ConvertOptions, convert
 from layerstore.formats import EstargzOptions
 
-_LAYERS: Final = 20
-_WHOLE: Final = "bench/plain:1"
-_LAZY: Final = "bench/tall:1"
+Program = Literal["podman", "layerstore"]
+_MIB: Final = 1 << 20
+_DISK_BYTES: Final = 16 << 30
+_TALL: Final = "bench/tall:1"
+_ACCEPT: Final = "application/vnd.oci.image.manifest.v1+json"
+_NAMES: Final = {"debian12": "Podman 4.3.1", "debian13": "Podman 5.4.2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All samples of one tool on one image; ``registry_seconds`` is what of them the requests take."""
+
+    case: str
+    who: str
+    uses: tuple[Use, ...]
+    registry_seconds: float = 0.0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(use.seconds for use in self.uses)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure and print; the exit status tells only whether it could be measured."""
     parser = argparse.ArgumentParser(prog="benchmarks.consumer", description=__doc__)
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
-    parser.add_argument("--json", type=Path, help="also write all seconds here")
+    parser.add_argument("--link", choices=_LINKS, action="append", help="only this link")
+    parser.add_argument("--json", type=Path, help="also write all samples here")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-    work = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
-    try:
-        with DebianRegistry(work / "registry") as registry:
-            _push(registry, work)
-            whole = _whole_pulls(registry, work, options.repeat)
-            lazy = _lazy_pulls(registry, work, options.repeat)
-    finally:
-        unmount_below(work)
-        shutil.rmtree(work, ignore_errors=True)
-    console.print(_table("Whole pulls of a plain image (Debian with Python and NumPy)", whole))
-    console.print(_table(f"Lazy pulls of {_LAYERS} layers", lazy))
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    results: dict[str, list[Result]] = {}
+    with _disk() as work, DebianRegistry(work / "registry") as registry:
+        console.print("Building, converting and pushing the images ...")
+        _push(registry, work)
+        for name in options.link or _LINKS:
+            with _LINKS[name](registry.host) as host:
+                found = results[f"Whole pulls, {name} link"] = _whole_pulls(
+                    host, work, options.repeat
+                )
+            console.print(_table(f"Whole pulls, {name} link", found))
+        lazy = _lazy_pulls(registry, work, max(5, options.repeat))
+        title = f"Pulls of {consumer_images.TALL_LAYERS} layers that a layer store has"
+        results[title] = lazy
+        console.print(_table(title, lazy))
+    console.print(
+        f"\nLinux {platform.release()}, {os.cpu_count()} CPUs; medians of {options.repeat} rounds."
+        "\nregistry: what the pull's own requests take when nothing else is done, included in the median."
+    )
     if options.json:
-        options.json.write_text(json.dumps({"whole": whole, "lazy": lazy}, indent=1))
+        plain = {title: [asdict(one) for one in each] for title, each in results.items()}
+        options.json.write_text(json.dumps(plain, indent=1))
     return 0
+
+
+@contextlib.contextmanager
+def _direct(registry: str) -> Iterator[str]:
+    yield registry
+
+
+@contextlib.contextmanager
+def _shaped(registry: str) -> Iterator[str]:
+    with shaped(registry) as link:
+        yield link.proxy.host
+
+
+_LINKS: Final[dict[str, Callable[[str], AbstractContextManager[str]]]] = {
+    "unlimited": _direct,
+    "shaped": _shaped,
+}
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[Path]:
+    """A directory on a fresh ext4."""
+    home = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
+    image, place = home / "disk", home / "mnt"
+    place.mkdir()
+    try:
+        with image.open("wb") as file:
+            file.truncate(_DISK_BYTES)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, place], check=True)
+        yield place
+    finally:
+        unmount_below(home)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _push(registry: DebianRegistry, work: Path) -> None:
     layout = work / "tall"
-    convert(f"oci:{_tall(work).layout}:latest", f"oci:{layout}:latest", _FAST)
+    source = f"oci:{consumer_images.tall().layout}:latest"
+    convert(source, f"oci:{layout}:latest", ConvertOptions(estargz=EstargzOptions(level=1)))
+    pushed = {f"bench/{name}:1": make() for name, make in consumer_images.PLAIN.items()}
+    pushed[_TALL] = oci.read_image(layout, "latest")
     with PodmanEnv(work / "push", registries=[registry.host]) as env:
-        for image, name in (
-            (images.python_image(), _WHOLE),
-            (oci.read_image(layout, "latest"), _LAZY),
-        ):
+        for name, image in pushed.items():
             target = f"docker://{registry.host}/{name}"
             env.skopeo("copy", "--quiet", "--preserve-digests", image.source, target)
 
 
-_FAST: Final = ConvertOptions(estargz=EstargzOptions(level=1))
+# -- whole pulls ---------------------------------------------------------------------------
 
 
-def _tall(work: Path) -> StoredImage:
-    layers = [LayerSource(images.tar_bytes(images.base_members()))]
-    for number in range(1, _LAYERS):
-        name = b"layer%d/" % number
-        files = [tars.regular(name + b"%03d" % file, b"%d" % file * 100) for file in range(50)]
-        layers.append(LayerSource(images.tar_bytes([tars.directory(name), *files])))
-    return oci.write_image(work / "source", "latest", layers, RunConfig())
-
-
-def _whole_pulls(registry: DebianRegistry, work: Path, repeat: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {}
+def _whole_pulls(host: str, work: Path, repeat: int) -> list[Result]:
+    """Rounds over all, so that what the machine does meanwhile meets everybody."""
+    samples: dict[tuple[str, str], list[Use]] = {}
     for _ in range(repeat):
-        for flavour in FLAVOURS:
-            for tool in ("podman", "layerstore"):
-                with PodmanEnv(work / "cold", flavour, registries=[registry.host]) as env:
-                    who = "layerstore" if tool == "layerstore" else f"podman of {flavour}"
-                    seconds.setdefault(who, []).append(
-                        _pull(env, tool, f"{registry.host}/{_WHOLE}")
-                    )
-    return seconds
+        for name in consumer_images.PLAIN:
+            for who, flavour, program in (
+                *((_NAMES[flavour], flavour, "podman") for flavour in FLAVOURS),
+                ("layerstore", FLAVOURS[-1], "layerstore"),
+            ):
+                with PodmanEnv(work / "cold", flavour, registries=[host]) as env:
+                    env.podman("info")  # what a fresh graph root needs is nobody's to blame
+                    use = _pull(env, "podman" if program == "podman" else "layerstore", host, name)
+                samples.setdefault((name, who), []).append(use)
+                os.sync()
+    return [Result(case, who, tuple(uses)) for (case, who), uses in sorted(samples.items())]
 
 
-def _lazy_pulls(registry: DebianRegistry, work: Path, repeat: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {}
-    flavour: Flavour = "debian13"
-    with Rig(work / "rig", flavour, registry.host, config="background_fetch = false\n") as rig:
-        image = rig.image(_LAZY)
-        rig.env.podman("pull", "--quiet", image)
-        for _ in range(repeat):
-            for tool in ("podman", "layerstore"):
-                rig.env.podman("rmi", "--all", "--force")
-                seconds.setdefault(tool, []).append(_pull(rig.env, tool, image))
-                assert (
-                    len(json.loads(rig.env.podman("inspect", image).stdout)[0]["RootFS"]["Layers"])
-                ) == 20
-    return seconds
+def _pull(env: PodmanEnv, program: Program, host: str, name: str) -> Use:
+    os.sync()
+    command = [*env.command(program), "pull", "--quiet", f"{host}/bench/{name}:1"]
+    return measured(command, env.environment())
 
 
-def _pull(env: PodmanEnv, tool: str, image: str) -> float:
-    run = env.podman if tool == "podman" else env.layerstore
+# -- lazy pulls ----------------------------------------------------------------------------
+
+
+def _lazy_pulls(registry: DebianRegistry, work: Path, repeat: int) -> list[Result]:
+    found: list[Result] = []
+    config = "background_fetch = false\n"
+    with Rig(work / "rig", FLAVOURS[-1], registry.host, config=config) as rig:
+        rig.env.podman("pull", "--quiet", rig.image(_TALL))  # the store resolves all layers
+        found += _lazily("running service", rig.env, rig.client.host, repeat)
+    store = work / "static"
+    with PodmanEnv(
+        work / "other", FLAVOURS[-1], registries=[registry.host], additional_layer_store=store
+    ) as env:
+        env.layerstore("unpack", f"{registry.host}/{_TALL}", str(store), "--ref")
+        found += _lazily("static store", env, registry.host, repeat)
+    return found
+
+
+def _lazily(case: str, env: PodmanEnv, host: str, repeat: int) -> list[Result]:
+    samples: dict[Program, list[Use]] = {"podman": [], "layerstore": []}
+    requests: list[float] = []
+    for _ in range(repeat):
+        for program, uses in samples.items():
+            env.podman("rmi", "--all", "--force")
+            uses.append(_pull(env, program, host, "tall"))
+            chain = json.loads(env.layerstore("inspect", f"{host}/{_TALL}").stdout)
+            assert len(chain[0]["RootFS"]["Layers"]) == consumer_images.TALL_LAYERS
+        requests.append(_request_seconds(host))
+    return [
+        Result(
+            case,
+            _NAMES[FLAVOURS[-1]] if program == "podman" else "layerstore",
+            tuple(uses),
+            statistics.median(requests),
+        )
+        for program, uses in samples.items()
+    ]
+
+
+def _request_seconds(host: str) -> float:
+    """What the requests of a pull take whose layers all come from elsewhere."""
+    name, _, tag = _TALL.partition(":")
     begin = time.monotonic()
-    run("pull", "--quiet", image)
+    connection = http.client.HTTPConnection(host)
+
+    def get(path: str) -> bytes:
+        connection.request("GET", path, headers={"Accept": _ACCEPT})
+        return connection.getresponse().read()
+
+    get("/v2/")
+    config = json.loads(get(f"/v2/{name}/manifests/{tag}"))["config"]["digest"]
+    get(f"/v2/{name}/blobs/{config}")
+    connection.close()
     return time.monotonic() - begin
 
 
-def _table(title: str, seconds: dict[str, list[float]]) -> Table:
+# -- the tables ----------------------------------------------------------------------------
+
+
+def _table(title: str, results: Sequence[Result]) -> Table:
     table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("who", "median", "range"):
-        table.add_column(heading, no_wrap=True)
-    for who, each in seconds.items():
-        table.add_row(who, f"{statistics.median(each):.2f} s", f"{min(each):.2f}-{max(each):.2f}")
+    table.add_column("image", no_wrap=True)
+    table.add_column("who", no_wrap=True)
+    for heading in ("median", "range", "to layerstore", "registry", "CPU", "RSS"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    ours = {result.case: result.median for result in results if result.who == "layerstore"}
+    for result in results:
+        seconds = [use.seconds for use in result.uses]
+        requests = result.registry_seconds
+        table.add_row(
+            result.case,
+            result.who,
+            f"{result.median:.2f} s",
+            f"{min(seconds):.2f}-{max(seconds):.2f}",
+            f"{result.median / ours[result.case]:.2f} x",
+            f"{requests * 1000:.0f} ms" if requests else "",
+            f"{statistics.median(use.cpu_seconds for use in result.uses):.2f} s",
+            f"{max(use.rss_bytes for use in result.uses) / _MIB:.0f} MiB",
+        )
     return table
 
 
