@@ -21,6 +21,7 @@ from layerstore.copy.registriesd import RegistriesD
 from layerstore.errors import ConfigError, NetworkError, RegistryError, StorageError
 from layerstore.image import Digest, Reference
 from layerstore.registry import RegistrySettings
+from layerstore.registry.credentials import user_id
 
 _SYSTEM: Final = Path("/var/lib/containers/sigstore")
 _USER: Final = Path(".local/share/containers/sigstore")
@@ -49,7 +50,7 @@ class Lookaside:
         """
         env = os.environ if env is None else env
         home = Path(env["HOME"]) if env.get("HOME") else None
-        root = (os.geteuid() if uid is None else uid) == 0
+        root = (user_id(env) if uid is None else uid) == 0
         directory = _SYSTEM if root or home is None else home / _USER
         registries = RegistriesD.from_system(home, etc)
         return cls(registries, directory, settings or RegistrySettings())

@@ -28,6 +28,7 @@ from layerstore.graphroot.store import Store
 from layerstore.image import Digest, Platform, Reference
 from layerstore.registry import FetchedManifest, RegistryClient, RegistrySettings
 from layerstore.registry.alsauthhelper import hand_over
+from layerstore.registry.credentials import user_id
 from layerstore.registry.shortnames import alias_file, candidates, is_short
 
 _DOCKER: Final = "docker://"
@@ -87,7 +88,7 @@ def pull(text: str, store: Store | None = None, options: PullOptions | None = No
         return _as_it_is(local)
     settings = options.registry or RegistrySettings.from_system()
     home = os.environ.get("HOME")
-    aliases = alias_file(os.environ, Path(home) if home else None, os.getuid())
+    aliases = alias_file(os.environ, Path(home) if home else None, user_id(os.environ))
     found = candidates(text, settings.registries, () if aliases is None else (aliases,))
     with RegistryClient(settings) as client:
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -71,6 +72,12 @@ class _File(msgspec.Struct, rename={"creds_store": "credsStore", "cred_helpers":
     auths: dict[str, _Entry | None] | None = None
     creds_store: str | None = None
     cred_helpers: dict[str, str] | None = None
+
+
+def user_id(env: Mapping[str, str]) -> int:
+    """Whose files are meant: the user who made the namespace in which he looks like root."""
+    text = env.get("_CONTAINERS_ROOTLESS_UID", "")  # set by Podman and Buildah ("unshare")
+    return int(text) if text.isdecimal() else os.geteuid()
 
 
 def auth_files(env: Mapping[str, str], home: Path | None, uid: int) -> tuple[AuthFile, ...]:

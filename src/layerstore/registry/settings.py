@@ -13,7 +13,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 from layerstore import __version__, limits
 from layerstore.registry import registriesconf, tls
-from layerstore.registry.credentials import AuthFile, CredentialSource, auth_files
+from layerstore.registry.credentials import AuthFile, CredentialSource, auth_files, user_id
 from layerstore.registry.registriesconf import RegistriesConf
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
@@ -69,7 +69,7 @@ class RegistrySettings:
         env = os.environ if env is None else env
         if home is None:
             home = Path(env["HOME"]) if env.get("HOME") else None
-        files = auth_files(env, home, os.getuid() if uid is None else uid)
+        files = auth_files(env, home, user_id(env) if uid is None else uid)
         if auth_file is not None:
             files = (AuthFile(auth_file, required=True),)
         main, dropins, required = registriesconf.system_files(env, home, etc / "containers")

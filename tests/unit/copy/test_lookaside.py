@@ -186,3 +186,6 @@ def test_the_system_default_depends_on_the_user(tmp_path: Path) -> None:
     )
     user = Lookaside.from_system(env=env, uid=7, etc=tmp_path).directory
     assert user == tmp_path / ".local/share/containers/sigstore"
+    # inside a namespace that Podman made for a user, he looks like root
+    inside = {**env, "_CONTAINERS_ROOTLESS_UID": "7"}
+    assert Lookaside.from_system(env=inside, etc=tmp_path).directory == user

@@ -30,6 +30,12 @@ def test_from_system_reads_every_place(tmp_path: Path) -> None:
     )
 
 
+def test_a_user_in_a_namespace_of_his_own_keeps_his_auth_file(tmp_path: Path) -> None:
+    env = {"_CONTAINERS_ROOTLESS_UID": "42"}
+    settings = RegistrySettings.from_system(env=env, home=tmp_path, etc=tmp_path)
+    assert settings.auth_files[0].path == Path("/run/containers/42/auth.json")
+
+
 def test_what_the_user_names_wins(tmp_path: Path) -> None:
     conf = tmp_path / "r.conf"
     with pytest.raises(ConfigError):
