@@ -39,7 +39,7 @@ from lab import oci
 from lab.podman import FLAVOURS, PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 from lab.rig import Rig
-from layerstore.copy import ConvertOptions, convert
+from layerstore.copy.convert import ConvertOptions, convert
 from layerstore.formats import EstargzOptions
 
 Program = Literal["podman", "layerstore"]

@@ -22,7 +22,7 @@ from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
 from lab.rig import MakeRig, Push, Pushed, Rig, image_tree
 from lab.trees import Tree
-from layerstore.copy import ConvertOptions, convert
+from layerstore.copy.convert import ConvertOptions, convert
 from layerstore.formats import EstargzOptions
 
 MakePodmanEnv = Callable[..., PodmanEnv]

@@ -10,9 +10,10 @@ import msgspec
 from cyclopts import Parameter
 from rich.filesize import decimal
 
-from layerstore.copy import ConvertOptions, ConvertResult, LayerProgress
-from layerstore.copy import convert as convert_image
+from layerstore.copy.convert import ConvertOptions, ConvertResult
 from layerstore.copy.convert import Progress as Listener
+from layerstore.copy.convert import convert as convert_image
+from layerstore.copy.convertlayer import LayerProgress
 from layerstore.copy.progress import PullItem, PullListener, listener
 from layerstore.errors import ConfigError
 from layerstore.formats import EstargzOptions

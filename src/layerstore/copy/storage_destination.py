@@ -14,6 +14,7 @@ fetched so far.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -51,6 +52,7 @@ from layerstore.graphroot.als import AlsLayer, LayerStores
 from layerstore.graphroot.identity import layer_id
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.layers import Layer
+from layerstore.graphroot.offers import AlsOffer
 from layerstore.graphroot.staging import StagingLost
 from layerstore.graphroot.store import Store
 from layerstore.image import Digest, uncompressed_size
@@ -162,7 +164,11 @@ class _Pull:
             running = [future for future in futures if future is not None]
             done: list[_Done] = []
             try:
-                for plan, future in zip(plans, futures, strict=True):
+                while len(done) < len(plans):
+                    if offered := self._commit_offers(plans, done):
+                        done += offered
+                        continue
+                    plan, future = plans[len(done)], futures[len(done)]
                     if future is not None:
                         _first(running, future)
                     done.append(self._commit(plan, future, done))
@@ -213,10 +219,6 @@ class _Pull:
         if plan.how in (How.SHARED, How.TOC):
             assert plan.layer is not None
             return _Done(wanted, plan.how, plan.layer)
-        if plan.found is not None:
-            layer = self._commit_offer(plan.found, wanted, parent)
-            if layer is not None:
-                return _Done(wanted, How.ALS, layer)
         how = plan.how if plan.how is How.LOCAL else How.PULLED
         if future is not None:
             fetched = future.result()
@@ -249,31 +251,40 @@ class _Pull:
             _log.warning("layer %s is there, but nobody checked it: not used", one)
         raise StorageError("all ids of the layer are taken", subject=str(wanted.diff_id))
 
-    def _commit_offer(self, found: AlsLayer, wanted: WantedLayer, parent: str) -> Layer | None:
-        """A layer of a layer store; None if the store fails now."""
-        size = found.facts.diff_size
-        if size < 0:
-            announced = uncompressed_size(wanted.descriptor.annotations)
-            size = size if announced is None else announced
-        by_toc = found.dialect == "T"
-        one = (
-            layer_id(parent, toc_digest=wanted.toc)
-            if by_toc
-            else layer_id(parent, diff_id=wanted.diff_id)
-        )
-        try:
-            layer = self._store.put_als_layer(
-                one, parent, found, diff_id=wanted.diff_id, diff_size=size
-            )
-        except UnknownObject as error:
-            raise _Vanished from error
-        except StorageError as error:
-            _log.warning("%s is not used: %s", found.path, error)
-            return None
-        record = layer.record
-        if by_toc and wanted.toc is not None:
-            return layer if in_place_by_toc(record, parent, wanted.toc) else None
-        return layer if in_place_by_word(record, parent, wanted) else None
+    def _commit_offers(self, plans: Sequence[Plan], below: list[_Done]) -> list[_Done]:
+        """The next layers that layer stores have, as far as they can be used.
+
+        All at once, because each write of the records costs two waits for the disk; if a store
+        fails, the first alone.  Empty if the next layer is to come from elsewhere.
+        """
+        parent = below[-1].layer.id if below else ""
+        rest = itertools.takewhile(lambda plan: plan.found is not None, plans[len(below) :])
+        row: list[tuple[WantedLayer, AlsOffer]] = []
+        for plan in rest:
+            assert plan.found is not None
+            on = row[-1][1].layer_id if row else parent
+            row.append((plan.wanted, _offer(plan.found, plan.wanted, on)))
+        layers: list[Layer] = []
+        for count in dict.fromkeys((len(row), 1)) if row else ():
+            try:
+                layers = self._store.put_als_layers(parent, [offer for _, offer in row[:count]])
+                break
+            except UnknownObject as error:
+                raise _Vanished from error
+            except StorageError as error:
+                _log.warning("%s is not used: %s", row[0][1].found.path, error)
+        done: list[_Done] = []
+        for layer, (wanted, offer) in zip(layers, row, strict=False):
+            by_toc = offer.found.dialect == "T"
+            if by_toc and wanted.toc is not None:
+                usable = in_place_by_toc(layer.record, parent, wanted.toc)
+            else:
+                usable = not by_toc and in_place_by_word(layer.record, parent, wanted)
+            if not usable:
+                break
+            done.append(_Done(wanted, How.ALS, layer))
+            parent = layer.id
+        return done
 
     def image(
         self, layers: list[_Done], names: Sequence[str], signatures: Sequence[bytes]
@@ -321,6 +332,20 @@ class _Pull:
                     image.digests, None if config is None else Digest(config), image.top_layer
                 )
         return None
+
+
+def _offer(found: AlsLayer, wanted: WantedLayer, parent: str) -> AlsOffer:
+    size = found.facts.diff_size
+    if size < 0:
+        announced = uncompressed_size(wanted.descriptor.annotations)
+        size = size if announced is None else announced
+    by_toc = found.dialect == "T"
+    one = (
+        layer_id(parent, toc_digest=wanted.toc)
+        if by_toc
+        else layer_id(parent, diff_id=wanted.diff_id)
+    )
+    return AlsOffer(one, found, wanted.diff_id, size)
 
 
 def _has_usual_id(done: _Done) -> bool:

@@ -102,7 +102,10 @@ class LayerArea:
 
         Large trees are deleted, and layer stores told, after the lock is released.
         """
-        with TempDirectory(self.overlay.tempdirs) as bin_:
+        with (
+            atomic.storage_errors(self.directory),
+            TempDirectory(self.overlay.tempdirs) as bin_,
+        ):
             released: list[Path] = []
             try:
                 with self.table.lock.writing():
@@ -119,7 +122,8 @@ class LayerArea:
     def tar_split(self, layer: str) -> Path | None:
         """The layer's tar-split file, if it has one."""
         path = self._tar_split(layer)
-        return path if path.exists() else None
+        with atomic.storage_errors(path):
+            return path if path.exists() else None
 
     def big_data_directory(self, layer: str) -> Path:
         """Where big data of the layer lie."""
@@ -127,6 +131,27 @@ class LayerArea:
 
     def _tar_split(self, layer: str) -> Path:
         return self.directory / f"{checked_component(layer)}{_TAR_SPLIT}"
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A layer to be made; see ``Overlay.create`` for the fields.  ``tar_split`` is copied."""
+
+    record: LayerRecord
+    attributes: RootAttributes
+    content: Path | None = None
+    own_attributes: bool = False
+    tar_split: Path | None = None
+    additional: Path | None = None
+
+    def is_like(self, record: LayerRecord) -> bool:
+        """Whether ``record`` is of the same layer, as far as what identifies it goes."""
+        mine = self.record
+        return (
+            record.parent == mine.parent
+            and record.diff_digest == mine.diff_digest
+            and record.toc_digest == mine.toc_digest
+        )
 
 
 class LayerEdit:
@@ -160,42 +185,42 @@ class LayerEdit:
         """Write the records down."""
         self.area.table.save(self.records)
 
-    def add(
-        self,
-        record: LayerRecord,
-        attributes: RootAttributes,
-        *,
-        content: Path | None = None,
-        own_attributes: bool = False,
-        tar_split: Path | None = None,
-        additional: Path | None = None,
-    ) -> None:
-        """Make a layer, whose parent is there, so that a crash leaves all of it or nothing.
+    def add(self, *additions: Addition) -> None:
+        """Make layers, each parent before its child, so that a crash leaves all or nothing.
 
-        See ``Overlay.create`` for the arguments; ``tar_split`` is copied.  Raises
-        ``StagingLost`` when what was staged is gone, ``StorageError``.
+        Raises ``StagingLost`` when what was staged is gone, ``StorageError``; then none is made.
         """
-        self.put(replace(record, flags={**record.flags, INCOMPLETE: True}))
-        self.save()
+        for addition in additions:
+            record = addition.record
+            self.put(replace(record, flags={**record.flags, INCOMPLETE: True}))
+        if additions:
+            self.save()
         try:
-            self.area.overlay.create(
-                record.id,
-                record.parent,
-                attributes,
-                self.bin,
-                content=content,
-                own_attributes=own_attributes,
-                additional=additional,
-            )
-            target = self.area._tar_split(record.id)
-            target.unlink(missing_ok=True)
-            if tar_split is not None:
-                _copy(tar_split, target)
+            for addition in additions:
+                self._create(addition)
         except BaseException:
-            self._drop([record.id], release=False)
+            self._drop([addition.record.id for addition in additions], release=False)
             raise
-        self.put(record)
-        self.save()
+        for addition in additions:
+            self.put(addition.record)
+        if additions:
+            self.save()
+
+    def _create(self, addition: Addition) -> None:
+        layer = addition.record.id
+        self.area.overlay.create(
+            layer,
+            addition.record.parent,
+            addition.attributes,
+            self.bin,
+            content=addition.content,
+            own_attributes=addition.own_attributes,
+            additional=addition.additional,
+        )
+        target = self.area._tar_split(layer)
+        target.unlink(missing_ok=True)
+        if addition.tar_split is not None:
+            _copy(addition.tar_split, target)
 
     def delete(self, layers: Iterable[str]) -> None:
         """Delete layers, whoever may need them; those that do not exist are no error."""

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Final
 
 from layerstore.errors import ConfigError, CorruptStorage, InvalidDigest, StorageError
+from layerstore.graphroot import atomic
 from layerstore.graphroot.staging import TEMPDIRS, StagingLost, TempDirectory
 from layerstore.image import Digest
 
@@ -132,15 +133,7 @@ class Overlay:
         umask of the tools leaves.  For a layer of an additional
         layer store this asks the store.
         """
-        if not layer:
-            return _BASE
-        try:
-            found = os.stat(self.diff_path(layer))
-        except OSError as error:
-            raise StorageError(
-                f"the content of the layer cannot be reached: {error.strerror}", subject=layer
-            ) from error
-        return RootAttributes(found.st_mode & _INHERITED, found.st_uid, found.st_gid)
+        return inherited_from(self.diff_path(layer), layer) if layer else _BASE
 
     def link(self, layer: str) -> str:
         """The short name of ``layer``; recreates what an unclean shutdown lost."""
@@ -186,6 +179,10 @@ class Overlay:
                 )
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise StorageError(
+                f"cannot be read: {error.strerror}", subject=str(self.home)
+            ) from error
 
     # -- making and removing layers ----------------------------------------------
 
@@ -247,8 +244,12 @@ class Overlay:
         The additional layer store is not told.
         """
         own = self._own(layer)
-        if not os.path.lexists(own):
+        try:
+            own.lstat()
+        except FileNotFoundError:
             return
+        except OSError as error:
+            raise StorageError(f"cannot be removed: {error.strerror}", subject=str(own)) from error
         name = _read_link_file(own)
         if name is not None:
             short = self.home / _LINKS / name
@@ -327,6 +328,17 @@ class Overlay:
                 return
 
 
+def inherited_from(diff: Path, layer: str) -> RootAttributes:
+    """What a child of ``layer`` inherits, whose content is at ``diff``; raises ``StorageError``."""
+    try:
+        found = os.stat(diff)
+    except OSError as error:
+        raise StorageError(
+            f"the content of the layer cannot be reached: {error.strerror}", subject=layer
+        ) from error
+    return RootAttributes(found.st_mode & _INHERITED, found.st_uid, found.st_gid)
+
+
 def additional_layer_of(directory: Path) -> Path | None:
     """The content of ``additionallayer`` in a layer's directory."""
     try:
@@ -364,14 +376,15 @@ def checked_component(name: str) -> str:
 
 def refuse_other_driver(graph_root: Path) -> None:
     """Raise ``ConfigError`` for a graph root that was made with another driver than overlay."""
-    if (graph_root / "overlay-images").is_dir():
-        return
-    for driver in _OTHER_DRIVERS:
-        if (graph_root / f"{driver}-images").is_dir():
-            raise ConfigError(
-                f"the storage was made with the driver {driver}, only overlay is supported",
-                subject=str(graph_root),
-            )
+    with atomic.storage_errors(graph_root):
+        if (graph_root / "overlay-images").is_dir():
+            return
+        for driver in _OTHER_DRIVERS:
+            if (graph_root / f"{driver}-images").is_dir():
+                raise ConfigError(
+                    f"the storage was made with the driver {driver}, only overlay is supported",
+                    subject=str(graph_root),
+                )
 
 
 def _link_target(layer: str) -> str:

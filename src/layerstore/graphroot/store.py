@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from layerstore.errors import (
@@ -41,12 +40,12 @@ from layerstore.graphroot.images import (
     signature_items,
     with_names,
 )
-from layerstore.graphroot.layers import Layer, LayerArea
+from layerstore.graphroot.layers import Addition, Layer, LayerArea
 from layerstore.graphroot.lockfile import LockFile
-from layerstore.graphroot.overlay import RootAttributes, refuse_other_driver
+from layerstore.graphroot.offers import AlsOffer
+from layerstore.graphroot.overlay import RootAttributes, inherited_from, refuse_other_driver
 from layerstore.graphroot.published import Published
 from layerstore.graphroot.records import (
-    EXPECTED_DIFF_ID,
     ImageRecord,
     LayerRecord,
     now,
@@ -214,86 +213,65 @@ class Store:
             gids=staged.gids,
         )
         tar_split = staged.directory / TAR_SPLIT
-        layer, _ = self._insert(
+        addition = Addition(
             record,
+            self._root_attributes(parent),
             content=staged.directory / DIFF,
             own_attributes=staged.root_entry,
             tar_split=tar_split if tar_split.exists() else None,
         )
+        ((layer, _),) = self._insert([addition])
         return layer
 
-    def put_als_layer(
-        self,
-        layer_id: str,
-        parent: str,
-        found: als.AlsLayer,
-        *,
-        diff_id: Digest | None,
-        diff_size: int | None = None,
-        names: Sequence[str] = (),
-    ) -> Layer:
-        """Make a layer that an additional layer store has.
+    def put_als_layers(self, parent: str, offers: Sequence[AlsOffer]) -> list[Layer]:
+        """Make layers that additional layer stores have, each on the one before.
 
-        ``diff_id`` is what the image's config says: nobody has verified it, so it
-        becomes the flag that is checked at an export.  ``diff_size`` replaces the
-        store's word.  A layer found by its table of contents is known by that alone;
-        one found by its blob (dialect L) carries the store's digests, for whoever asked
-        for that.  Takes a count of its own: the one of the lookup stays the caller's.
+        Ends with the first that is there already and is another layer under this id, so that
+        fewer may come back.  Either all others are made or, with ``StorageError``, none.
+        Takes counts of its own: those of the lookups stay the caller's.
         """
-        facts = found.facts
-        by_blob = found.dialect == "L"
-        record = LayerRecord(
-            id=layer_id,
-            names=tuple(names),
-            parent=parent,
-            created=now(),
-            compressed_diff_digest=facts.compressed_diff_digest if by_blob else None,
-            compressed_size=max(facts.compressed_size, 0),
-            diff_digest=facts.diff_digest if by_blob else None,
-            diff_size=facts.diff_size if diff_size is None else diff_size,
-            toc_digest=None if by_blob else facts.toc_digest,
-            compression=facts.compression,
-            flags={EXPECTED_DIFF_ID: str(diff_id)} if diff_id is not None else {},
-        )
-        found.use()
-        made = False
+        additions: list[Addition] = []
+        attributes, below = self._root_attributes(parent), parent
+        for offer in offers:
+            path = offer.found.path
+            additions.append(Addition(offer.record(below), attributes, additional=path))
+            attributes, below = inherited_from(path / "diff", offer.layer_id), offer.layer_id
+        layers: list[tuple[Layer, bool]] = []
+        for offer in offers:
+            offer.found.use()
         try:
-            layer, made = self._insert(record, additional=found.path)
+            layers = self._insert(additions)
         finally:
-            if not made:
-                als.release_path(found.path)
-        return layer
+            made = {number for number, (_, new) in enumerate(layers) if new}
+            for number, offer in enumerate(offers):
+                if number not in made:
+                    als.release_path(offer.found.path)
+        return [layer for layer, _ in layers]
 
-    def _insert(
-        self,
-        record: LayerRecord,
-        *,
-        content: Path | None = None,
-        own_attributes: bool = False,
-        tar_split: Path | None = None,
-        additional: Path | None = None,
-    ) -> tuple[Layer, bool]:
+    def _insert(self, additions: Sequence[Addition]) -> list[tuple[Layer, bool]]:
+        """The layers, and whether they are new."""
         self._want_writable()
-        # Asked for before the lock is taken: it may be a layer store that answers.
-        attributes = self._root_attributes(record.parent)
         if self.config.sync == "filesystem":
             self.layer_area.overlay.sync()
         with self.layer_area.editing() as edit:
             known = {layer.id: layer for layer in self._foreign_layers()}
             known |= {kept.id: Layer(kept, self.layer_area) for kept in edit.records}
-            if record.id in known:
-                return known[record.id], False
-            if record.parent and record.parent not in known:
-                raise _no_layer(record.parent)
-            edit.add(
-                record,
-                attributes,
-                content=content,
-                own_attributes=own_attributes,
-                tar_split=tar_split,
-                additional=additional,
-            )
-        return Layer(record, self.layer_area), True
+            layers: list[tuple[Layer, bool]] = []
+            new: list[Addition] = []
+            for addition in additions:
+                record = addition.record
+                if record.id in known:
+                    layers.append((known[record.id], False))
+                    if addition.is_like(known[record.id].record):
+                        continue
+                    break
+                if record.parent and record.parent not in known:
+                    raise _no_layer(record.parent)
+                known[record.id] = Layer(record, self.layer_area)
+                layers.append((known[record.id], True))
+                new.append(addition)
+            edit.add(*new)
+        return layers
 
     def _root_attributes(self, parent: str) -> RootAttributes:
         try:

@@ -12,7 +12,8 @@ import pytest
 from lab import oci, tars
 from lab.simregistry import SimRegistry
 from layerstore import limits
-from layerstore.copy import ConvertOptions, ConvertResult, LayerProgress, convert
+from layerstore.copy.convert import ConvertOptions, ConvertResult, convert
+from layerstore.copy.convertlayer import LayerProgress
 from layerstore.errors import (
     InvalidLayer,
     InvalidManifest,

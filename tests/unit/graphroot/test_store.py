@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,15 @@ from layerstore.errors import (
 from layerstore.graphroot import als
 from layerstore.graphroot.extract import WhiteoutStyle
 from layerstore.graphroot.identity import layer_id
+from layerstore.graphroot.layers import Addition
+from layerstore.graphroot.offers import AlsOffer
+from layerstore.graphroot.overlay import Overlay, RootAttributes
 from layerstore.graphroot.records import ContainerRecord
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.staging import StagingLost
 from layerstore.graphroot.storageconf import LayerStoreSpec, StorageConfig
 from layerstore.graphroot.store import Store
+from layerstore.graphroot.table import Table
 from layerstore.image import Digest
 
 BASE, MIDDLE, TOP = ([tars.regular(name, b"x")] for name in (b"b", b"m", b"t"))
@@ -199,7 +205,7 @@ def test_a_layer_known_by_its_toc(store: Store, tmp_path: Path, counted: list[st
     found = with_store.find_by_toc(None, TOC)
     assert found is not None
     one = layer_id("", toc_digest=TOC)
-    layer = store.put_als_layer(one, "", found, diff_id=DIFF)
+    (layer,) = store.put_als_layers("", [AlsOffer(one, found, DIFF)])
     with_store.close()
     assert counted == ["+", "+", "-"]
     (record,) = json.loads((store.config.graph_root / "overlay-layers/layers.json").read_text())
@@ -241,7 +247,8 @@ def test_what_a_layer_store_says_answers_for_nothing(store: Store, tmp_path: Pat
     with_store = als.LayerStores([LayerStoreSpec(tmp_path / "als", False)], lookup_seconds=5)
     found = with_store.find_by_toc(None, TOC)
     assert found is not None
-    lie = store.put_als_layer(layer_id("", toc_digest=TOC), "", found, diff_id=diff_id)
+    offer = AlsOffer(layer_id("", toc_digest=TOC), found, diff_id)
+    (lie,) = store.put_als_layers("", [offer])
     with_store.close()
     assert lie.diff_id is None
     assert lie.blob_digest is None
@@ -264,7 +271,8 @@ def test_a_layer_known_by_its_blob(store: Store, tmp_path: Path) -> None:
     with_store = als.LayerStores([LayerStoreSpec(tmp_path / "als", False)], lookup_seconds=5)
     found = with_store.find_by_blob(None, BLOB)
     assert found is not None
-    layer = store.put_als_layer(layer_id("", diff_id=DIFF), "", found, diff_id=DIFF)
+    offer = AlsOffer(layer_id("", diff_id=DIFF), found, DIFF)
+    (layer,) = store.put_als_layers("", [offer])
     with_store.close()
     assert (layer.diff_id, layer.blob_digest, layer.size()) == (DIFF, BLOB, 1000)
     assert store.layers_by_diff_id(DIFF) == []  # only the store says so
@@ -281,14 +289,87 @@ def test_a_layer_that_is_there_takes_no_count(
         with_store = als.LayerStores(specs, lookup_seconds=5)
         found = with_store.find_by_toc(None, TOC)
         assert found is not None
-        store.put_als_layer(one, "", found, diff_id=None)
+        store.put_als_layers("", [AlsOffer(one, found, None)])
         with_store.close()
     found = als.LayerStores(specs, lookup_seconds=5).find_by_toc(None, TOC)
     assert found is not None
     with pytest.raises(UnknownObject):
-        store.put_als_layer("e" * 64, "f" * 64, found, diff_id=None)
+        store.put_als_layers("f" * 64, [AlsOffer("e" * 64, found, None)])
     found.release()
     assert counted.count("+") - counted.count("-") == 1
+
+
+def chain(root: Path, tocs: Sequence[Digest]) -> tuple[als.LayerStores, list[AlsOffer]]:
+    """Layers of a store, each to stand on the one before."""
+    stores = als.LayerStores([LayerStoreSpec(root, False)], lookup_seconds=5)
+    offers: list[AlsOffer] = []
+    for toc in tocs:
+        als_entry(root, toc, toc_digest=toc)
+        found = stores.find_by_toc(None, toc)
+        assert found is not None
+        below = offers[-1].layer_id if offers else ""
+        offers.append(AlsOffer(layer_id(below, toc_digest=toc), found, None))
+    return stores, offers
+
+
+TOCS = [Digest.of(b"toc %d" % number) for number in range(5)]
+
+
+def test_layers_of_a_layer_store_all_together(
+    store: Store, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, offers = chain(tmp_path / "als", TOCS)
+    saves: list[int] = []
+    save = Table.save
+
+    def counting(self: Any, records: Sequence[Any], **kwargs: Any) -> None:
+        saves.append(len(records))
+        save(self, records, **kwargs)
+
+    monkeypatch.setattr(Table, "save", counting)
+    first = store.put_als_layers("", offers[:2])
+    assert [layer.id for layer in first] == [offer.layer_id for offer in offers[:2]]
+    layers = store.put_als_layers("", offers)
+    stores.close()
+    assert [layer.id for layer in layers] == [offer.layer_id for offer in offers]
+    assert [layer.record.parent for layer in layers[1:]] == [layer.id for layer in layers[:-1]]
+    assert saves == [2, 2, 5, 5]  # incomplete, complete: once for all
+    assert counted.count("+") - counted.count("-") == 5
+    assert store.layer_chain(layers[-1].id) == layers
+
+
+def test_another_layer_under_the_id_ends_the_row(store: Store, tmp_path: Path) -> None:
+    stores, offers = chain(tmp_path / "als", TOCS)
+    other = replace(offers[2].record("another parent"), parent="")
+    with store.layer_area.editing() as edit:
+        edit.add(Addition(other, RootAttributes(0o755, 0, 0)))
+    layers = store.put_als_layers("", offers)
+    stores.close()
+    assert [layer.id for layer in layers] == [offer.layer_id for offer in offers[:3]]
+    assert layers[2].record.parent == ""
+    assert {layer.id for layer in store.layers()} == {layer.id for layer in layers}
+
+
+def test_all_layers_of_the_row_or_none(
+    store: Store, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, offers = chain(tmp_path / "als", TOCS)
+    create = Overlay.create
+
+    def failing(self: Overlay, layer: str, *args: Any, **kwargs: Any) -> None:
+        if layer == offers[3].layer_id:
+            raise StorageError("the disk is full", subject=layer)
+        create(self, layer, *args, **kwargs)
+
+    monkeypatch.setattr(Overlay, "create", failing)
+    with pytest.raises(StorageError, match="full"):
+        store.put_als_layers("", offers)
+    stores.close()
+    assert store.layers() == []
+    assert counted.count("+") == counted.count("-")
+    overlay = store.config.graph_root / "overlay"
+    assert {path.name for path in overlay.iterdir()} <= {"l", "tempdirs"}
+    assert list((overlay / "l").iterdir()) == []
 
 
 # -- images ------------------------------------------------------------------------
