@@ -10,9 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from layerstore.errors import StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(subject: Path) -> Iterator[None]:
+    """Raise ``StorageError`` for what the operating system refuses, naming the file.
+
+    ``subject`` is named where the system names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot be used: {reason}", subject=named or str(subject)) from error
 
 
 def write_file(path: Path, data: bytes, *, sync: bool = True, mode: int = 0o600) -> os.stat_result:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from layerstore.errors import CorruptStorage, InvalidLayer, LayerstoreError, UsageError
-from layerstore.graphroot import bigdata
+from layerstore.graphroot import atomic, bigdata
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.mountpoints import MountPoints
 from layerstore.graphroot.overlay import additional_layer_of
@@ -139,8 +139,13 @@ Advance = Callable[[str, int, int], None]
 def check(store: Store, *, full: bool = False, advance: Advance | None = None) -> Report:
     """Look at the whole graph root; ``advance(layer, number, count)`` tells of the full part.
 
-    Raises ``CorruptStorage`` when one of the tables cannot be read at all.
+    Raises ``CorruptStorage`` when one of the tables cannot be read at all, ``StorageError``.
     """
+    with atomic.storage_errors(store.config.graph_root):
+        return _check(store, full, advance)
+
+
+def _check(store: Store, full: bool, advance: Advance | None) -> Report:
     elsewhere = frozenset(record.id for area in store.layer_areas[1:] for record in area.records())
     with _locked(store):
         written = store.layer_area.table.load_as_written()

@@ -51,6 +51,8 @@ _LAST_NS: Final = (1 << 63) - 1
 _SPECIAL: Final = 0o7000
 _PARENT_MODE: Final = 0o755
 _IGNORED_XATTRS: Final = frozenset((b"security.selinux",))
+# How the mounts read a layer is not the archive's to say: redirects, opacity, owners.
+_OVERLAYS_OWN: Final = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
 _ALL_IDS: Final = ["0", "0", "4294967295"]
 _NODES: Final = {
@@ -142,6 +144,7 @@ class Extractor:
             self._plain &= _DEFAULT_ACL.decode() not in os.listxattr(self._root)
         self._doubtful = _SPECIAL | _umask()
         self._times: dict[bytes, int] = {}
+        self._names_bytes = 0  # of the paths in _times
 
     def __enter__(self) -> Self:
         return self
@@ -172,6 +175,8 @@ class Extractor:
         if not whiteout:
             self.uids.add(entry.uid)
             self.gids.add(entry.gid)
+            if max(len(self.uids), len(self.gids)) > limits.LAYER_OWNERS:
+                raise LimitExceeded(f"the layer has more than {limits.LAYER_OWNERS} owners")
         try:
             if not path:
                 self._apply_root(entry)
@@ -316,6 +321,10 @@ class Extractor:
         if entry.xattrs:
             self._attributes(entry, fd)
         self._mind(entry)
+        if path not in self._times:
+            self._names_bytes += len(path)
+            if self._names_bytes > limits.DIRECTORY_NAMES_BYTES:
+                raise LimitExceeded("the paths of the layer's directories are too long in all")
         self._times[path] = _time(entry.mtime_ns)
 
     def _make_symlink(self, entry: TarEntry, directory: int, last: bytes) -> None:
@@ -419,7 +428,7 @@ class Extractor:
     def _attributes(self, entry: TarEntry, file: int | bytes) -> None:
         follow = not isinstance(file, bytes)
         for name, value in entry.xattrs.items():
-            if name in _IGNORED_XATTRS:
+            if name in _IGNORED_XATTRS or name.startswith(_OVERLAYS_OWN):
                 continue
             if not name or b"\0" in name:
                 _refuse(entry, "the entry has an extended attribute without a proper name")

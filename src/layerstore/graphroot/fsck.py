@@ -40,8 +40,9 @@ def repair_storage(store: Store, *, full: bool = False, advance: Advance | None 
     Raises ``CorruptStorage`` when one of the tables cannot be read at all: those are for a
     person to restore.
     """
+    made = _creations(store)
     before = check.check(store, full=full, advance=advance)
-    work = _Repair(store, before.findings)
+    work = _Repair(store, before.findings, made)
     for step in (
         work.incomplete,
         work.lost_records,
@@ -76,9 +77,16 @@ def _is_news(found: Finding) -> bool:
     return found.weight is check.Weight.NOTICE
 
 
+def _creations(store: Store) -> Mapping[str, str]:
+    return {record.id: record.created for record in store.layer_area.table.snapshot()}
+
+
 class _Repair:
-    def __init__(self, store: Store, findings: Iterable[Finding]) -> None:
+    """``made`` says when each layer was made that the check may have looked at."""
+
+    def __init__(self, store: Store, findings: Iterable[Finding], made: Mapping[str, str]) -> None:
         self.store = store
+        self.made = made
         self.findings = list(findings)
 
     def _each(self, *kinds: Kind) -> list[tuple[int, Finding]]:
@@ -206,6 +214,7 @@ class _Repair:
             containers.lock.reading(),
         ):
             broken = {one for one in broken if self._is_broken(layers, one)}
+            damaged = {one for one in damaged if self._is_damaged(images.get(one))}
             doomed = _with_children(layers, broken)
             lost = {
                 image.id
@@ -228,18 +237,31 @@ class _Repair:
                 )
             elif each.subject in lost:
                 self._done(number, "image removed: pull it again")
+            elif each.subject not in broken:
+                self._done(number, "meanwhile others replaced it")
             else:
                 self._done(number, "removed with the images made of it: pull them again")
 
     def _is_broken(self, layers: LayerEdit, layer: str) -> bool:
-        """Whether a layer found missing or empty before the lock still is."""
-        if layers.get(layer) is None:
+        """Whether a layer that was found broken before the lock still is.
+
+        Others may have removed it since then, and pulled it again.
+        """
+        record = layers.get(layer)
+        if record is None:
             return all(
                 record.id != layer
                 for area in self.store.layer_areas[1:]
                 for record in area.records()
             )
-        return True
+        return self.made.get(layer) == record.created
+
+    def _is_damaged(self, image: ImageRecord | None) -> bool:
+        if image is None:
+            return False
+        directory = self.store.image_area.image_directory(image.id)
+        problems = (check.image_data_problem(directory, image, key) for key in image.big_data_names)
+        return bigdata.MANIFEST not in image.big_data_names or any(problems)
 
     def orphans(self) -> None:
         """Remove directories and files that no record knows."""

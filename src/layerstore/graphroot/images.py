@@ -28,10 +28,11 @@ from layerstore.errors import (
     InUse,
     InvalidManifest,
     InvalidReference,
+    LayerstoreError,
     UnknownObject,
     UsageError,
 )
-from layerstore.graphroot import bigdata
+from layerstore.graphroot import atomic, bigdata
 from layerstore.graphroot.overlay import checked_component
 from layerstore.graphroot.records import ZERO_TIME, ImageRecord, dumps, parse_time, time_text
 from layerstore.graphroot.removal import remove_tree
@@ -72,12 +73,20 @@ class ImageArea:
     @contextlib.contextmanager
     def editing(self) -> Iterator[ImageEdit]:
         """Hold the write lock and change images; not to be nested."""
-        with self.table.lock.writing():
+        with atomic.storage_errors(self.directory), self.table.lock.writing():
             edit = ImageEdit(self)
             if not self._swept:
                 edit.sweep()
                 self._swept = True
-            yield edit
+            try:
+                yield edit
+            except BaseException:
+                # The disk may be full: big data without a record must not stay.
+                with contextlib.suppress(LayerstoreError):
+                    saved = ImageEdit(self)
+                    for image in edit.touched:
+                        saved.clear_directory(image)
+                raise
 
 
 class ImageEdit:
@@ -86,6 +95,7 @@ class ImageEdit:
     def __init__(self, area: ImageArea) -> None:
         self.area: Final = area
         self._records: Final = {record.id: record for record in area.table.load()}
+        self.touched: Final[set[str]] = set()  # whose big data were written or removed
 
     @property
     def records(self) -> tuple[ImageRecord, ...]:
@@ -99,6 +109,7 @@ class ImageEdit:
     def write(self, record: ImageRecord, items: Iterable[tuple[str, bytes]]) -> ImageRecord:
         """Store big data of an image, before its record says so; the record that says so."""
         listed = bigdata.BigData.of(record)
+        self.touched.add(record.id)
         for key, data in items:
             bigdata.write(self.area.image_directory(record.id), key, data)
             listed = listed.with_item(key, data)
@@ -116,6 +127,7 @@ class ImageEdit:
     def delete(self, image: str) -> None:
         """Remove the record, then the big data."""
         if self._records.pop(image, None) is not None:
+            self.touched.add(image)
             self.save()
             remove_tree(self.area.image_directory(image))
 

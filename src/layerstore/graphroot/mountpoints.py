@@ -117,11 +117,16 @@ def unmount_for_removal(directory: Path, layers: Mapping[str, Path]) -> None:
 
 
 def _forget(directory: Path, layers: Collection[str]) -> None:
-    if not (directory / "mountpoints.json").exists():
+    if not os.path.lexists(directory / "mountpoints.json"):
         return
     points = MountPoints(directory)
     with points.lock.writing():
-        known = points.load()
+        try:
+            known = points.load()
+        except CorruptStorage as error:
+            # It is not synced to disk. One that stopped a removal would stop every other change.
+            _log.warning("nobody knows where layers are mounted: %s", error)
+            return
         mounted = [point for point in known if point.id in layers]
         if not mounted:
             return

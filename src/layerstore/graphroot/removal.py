@@ -25,10 +25,10 @@ def remove_tree(path: Path) -> None:
     rest from being removed; ``StorageError`` then names the first such thing.
     """
     try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    try:
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return
         if stat.S_ISDIR(mode):
             _remove_directory(path)
         else:

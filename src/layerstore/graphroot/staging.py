@@ -162,6 +162,8 @@ def remove_stale(root: Path) -> int:
         names = os.listdir(root)
     except FileNotFoundError:
         return 0
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", subject=str(root)) from error
     found = {name.removeprefix(_LOCK) for name in names if name.startswith(_LOCK)}
     found |= {name.removeprefix(_DIRECTORY) for name in names if name.startswith(_DIRECTORY)}
     removed = 0
@@ -217,7 +219,8 @@ class _OwnLock:
         """Unlink the file and let go."""
         with _held_guard:
             key = os.path.realpath(self._path)
-            with contextlib.suppress(FileNotFoundError):
+            # One that stays is anybody's to take and remove.
+            with contextlib.suppress(OSError):
                 self._path.unlink()
             os.close(self._descriptor)
             _held.discard(key)

@@ -120,9 +120,10 @@ class Table(Generic[R]):
                 new = old
             if new != old or (facts[number] is None and not volatile):
                 self._loaded = None  # a failure leaves it open what is in the files
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with atomic.storage_errors(path):
+                    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 facts[number] = _facts(
-                    atomic.write_file(path, dump_records(new), sync=not volatile)
+                    atomic.write_file(path, _within_limit(new, path), sync=not volatile)
                 )
             written += new
         kept = tuple(written)
@@ -195,6 +196,14 @@ def unique_names(records: Sequence[R]) -> tuple[R, ...]:
         names = tuple(name for name in record.names if owner[name] == number)
         result.append(record if names == record.names else replace(record, names=names))
     return tuple(result)
+
+
+def _within_limit(records: Sequence[R], path: Path) -> bytes:
+    """The file; one that nobody could load again is never written."""
+    data = dump_records(records)
+    if len(data) > limits.RECORDS_BYTES:
+        raise StorageError(f"would be larger than {limits.RECORDS_BYTES} bytes", subject=str(path))
+    return data
 
 
 def _into_twin(record: R) -> R:

@@ -15,6 +15,7 @@ A name that is no UTF-8 stands in ``name_raw`` in base64.  No path may come twic
 from __future__ import annotations
 
 import binascii
+import hashlib
 import json
 import posixpath
 import re
@@ -38,6 +39,7 @@ _READ_BYTES: Final = limits.MIB
 _LINE_BYTES: Final = 2 * limits.TAR_EXTENDED_HEADER_BYTES
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GZIP_WBITS: Final = 31
+_SHORT: Final = 32  # bytes of a path that is remembered as it is
 
 # Needs no escaping in JSON.
 _PLAIN: Final = re.compile(rb"[-+.,:=@_~/ 0-9A-Za-z]*")
@@ -75,6 +77,9 @@ class TarSplitWriter:
     def file(self, name: bytes, size: int, crc: int) -> None:
         """An entry by its name in the archive, after its content of ``size`` bytes."""
         path = _clean(name)
+        if len(path) > _SHORT:
+            # All paths of a layer are remembered, and an archive may make each 4 KiB long.
+            path = hashlib.blake2b(path, digest_size=_SHORT + 1).digest()
         if path in self._seen:
             raise InvalidLayer(
                 "the archive has this path twice, and then no engine can give the layer back",

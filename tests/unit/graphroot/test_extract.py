@@ -468,3 +468,45 @@ def test_nothing_outside_is_ever_touched(sandbox: Path, data: st.DataObject) -> 
         extract(layer, members)
     # the time of the sandbox is what tells of an entry made and removed again
     assert outside() == before
+
+
+@root_only
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(b"trusted.overlay.redirect", b"trusted.overlay.opaque", b"trusted.overlay.metacopy"),
+        *(b"user.overlay.opaque", b"user.fuseoverlayfs.opaque"),
+    ],
+)
+def test_an_archive_says_nothing_about_how_mounts_read_the_layer(layer: Path, name: bytes) -> None:
+    planted = {name: b"/elsewhere", b"user.kept": b"1"}
+    extract(
+        layer,
+        [
+            tars.regular(b"file", b"x", xattrs=planted),
+            tars.directory(b"directory", xattrs=planted),
+            tars.directory(b"/", xattrs=planted),
+        ],
+    )
+    for path in (layer, layer / "file", layer / "directory"):
+        assert os.listxattr(path) == ["user.kept"]
+
+
+def test_what_is_remembered_of_directories_has_a_bound(
+    layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "DIRECTORY_NAMES_BYTES", 30)
+    extract(layer, [mine(b"directory%d" % number) for number in (1, 2, 3, 3, 3)])
+    with pytest.raises(LimitExceeded, match="too long in all"):
+        extract(layer, [mine(b"directory%d" % number) for number in range(4)])
+
+
+@root_only
+def test_the_owners_that_a_record_lists_have_a_bound(
+    layer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LAYER_OWNERS", 3)
+    members = [tars.regular(b"%d" % number, b"", uid=number) for number in range(4)]
+    extract(layer, members[:3])
+    with pytest.raises(LimitExceeded, match="owners"):
+        extract(layer, members)

@@ -176,3 +176,12 @@ def test_a_changed_file_is_named(content: bytes | None, said: str) -> None:
 def test_a_damaged_tar_split_is_told(raw: bytes) -> None:
     with pytest.raises(CorruptStorage, match="damaged"):
         b"".join(assemble(io.BytesIO(raw), opener({b"": b"x"})))
+
+
+def test_long_paths_are_remembered_briefly() -> None:
+    writer = TarSplitWriter(io.BytesIO())
+    writer.file(b"d" * 4000, 0, 0)
+    writer.file(b"d" * 3999 + b"e", 0, 0)
+    assert max(map(len, writer._seen)) < 64
+    with pytest.raises(InvalidLayer):
+        writer.file(b"./" + b"d" * 4000, 0, 0)
