@@ -1,7 +1,7 @@
 """Our program started by fork from a process that has loaded it: what a kill hits is its work.
 
 A start of Python takes as long as a small pull.  Whoever kills the program at random points wants
-them in what it does, not in what it imports.
+them in what it does, not in what it imports; and tests with hundreds of commands want to end.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Zygote:
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.log: Final = log
+        self._errors: Final = log.with_name(f"{log.name}.errors")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lab.zygote"],
             env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -38,10 +39,18 @@ class Zygote:
             text=True,
         )
 
-    def run(self, *arguments: str, kill_after: float | None = None) -> tuple[int, float]:
-        """Exit status (negative: the signal) and seconds; killed if it still runs by then."""
+    def run(
+        self,
+        *arguments: str,
+        kill_after: float | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> tuple[int, float]:
+        """Exit status (negative: the signal) and seconds; killed if it still runs by then.
+
+        ``environment`` is another one than the zygote's, for this command.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([str(self.log), *arguments]) + "\n")
+        self._process.stdin.write(json.dumps([str(self.log), environment, *arguments]) + "\n")
         self._process.stdin.flush()
         pid = int(self._answer())
         start = time.monotonic()
@@ -55,6 +64,10 @@ class Zygote:
 
     def said(self) -> str:
         """What the last command printed."""
+        return self.log.read_text(errors="replace") + self._errors.read_text(errors="replace")
+
+    def output(self) -> str:
+        """What the last command printed on standard output."""
         return self.log.read_text(errors="replace")
 
     def _answer(self) -> str:
@@ -82,14 +95,14 @@ class Zygote:
 
 def _serve() -> None:
     # not for who only starts this
-    for verb in ("check", "images", "prune", "pull", "push", "save"):
+    for verb in ("check", "images", "layers", "mounts", "prune", "pull", "push", "save"):
         importlib.import_module(f"layerstore.cli.{verb}")
 
     for line in iter(sys.stdin.readline, ""):
-        log, *arguments = json.loads(line)
+        log, environment, *arguments = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _become(log, arguments)
+            _become(log, environment, arguments)
         print(pid, flush=True)
         status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         ended = time.monotonic()
@@ -99,14 +112,16 @@ def _serve() -> None:
         print(ended, os.waitstatus_to_exitcode(code), flush=True)
 
 
-def _become(log: str, arguments: Sequence[str]) -> None:
+def _become(log: str, environment: Mapping[str, str] | None, arguments: Sequence[str]) -> None:
     from layerstore.cli import main  # noqa: PLC0415
 
     signal.alarm(int(_ANSWER_SECONDS))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for number, name in ((1, log), (2, f"{log}.errors")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     status = 1
     try:
         main(arguments)
