@@ -7,10 +7,10 @@ A verb's module is loaded when the verb is used: ``layerstore serve`` and
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Annotated, Final, NoReturn
 
@@ -18,6 +18,13 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from layerstore import __version__
 from layerstore.cli.common import exit_status
+from layerstore.cli.process import (
+    Ended,
+    ending_by_signals,
+    forget_output,
+    is_broken_pipe,
+    open_missing_streams,
+)
 from layerstore.errors import LayerstoreError
 
 VERBS: Final = {
@@ -55,6 +62,7 @@ app = App(
     help="Containers start before their images have arrived.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # it is ours to tell
 )
 for _group, _verbs in VERBS.items():
     for _verb, _place in _verbs.items():
@@ -70,17 +78,32 @@ def _launch(
 ) -> None:
     if debug:
         logging.getLogger("layerstore").setLevel(logging.DEBUG)
+    open_missing_streams()
+    # the service has its own way to end
+    signals = nullcontext() if tokens[:1] == ("serve",) else ending_by_signals()
     try:
-        app(tokens, exit_on_error=False, print_error=False)
+        with signals:
+            app(tokens, exit_on_error=False, print_error=False)
+            sys.stdout.flush()
     except LayerstoreError as error:
+        if is_broken_pipe(error):
+            sys.exit(1)
         if debug:
             raise
         _fail(str(error), exit_status(error))
+    except Ended as ended:
+        _fail(f"ended by {ended}", ended.status)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
         sys.exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        forget_output()
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", 1)
 
 
 def _fail(what: str, status: int) -> NoReturn:
