@@ -304,7 +304,8 @@ def image_data_problem(directory: Path, image: ImageRecord, key: str) -> str:
 
 
 def _mounts(view: _View) -> None:
-    points = MountPoints(view.store.layer_area.run_directory)
+    area = view.store.layer_area
+    points = MountPoints(area.run_directory, read_only=area.read_only)
     with points.lock.reading():
         for point in points.load():
             if not view.has_layer(point.id):

@@ -43,9 +43,9 @@ class MountPoints:
     ``load`` and ``save`` want ``lock`` to be held.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
         self._path: Final = directory / "mountpoints.json"
-        self.lock: Final = LockFile.at(directory / "mountpoints.lock")
+        self.lock: Final = LockFile.at(directory / "mountpoints.lock", read_only=read_only)
 
     def load(self) -> tuple[MountPoint, ...]:
         """The list; raises ``CorruptStorage`` for a file that is none."""

@@ -1,6 +1,7 @@
 """What the operating system refuses: told as an error of ours, and no later command suffers."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 from collections.abc import Callable
@@ -154,3 +155,11 @@ def test_a_directory_that_cannot_be_listed_is_named(
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(StorageError, match="Permission denied"):
         Overlay(tmp_path).layers()
+
+
+def test_a_read_only_storage_is_checked_without_making_files(tmp_path: Path) -> None:
+    made = graphroot.open_store(tmp_path)
+    put(made, KEPT)
+    config = dataclasses.replace(made.config, run_root=tmp_path / "no-run")
+    assert check.check(Store.open(config, read_only=True)).remaining == ()
+    assert not config.run_root.exists()
