@@ -25,6 +25,7 @@ from layerstore.cli.process import (
     is_broken_pipe,
     open_missing_streams,
 )
+from layerstore.cli.rootless import enter_namespace
 from layerstore.errors import LayerstoreError
 
 VERBS: Final = {
@@ -133,6 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for what others still need; 1 for everything else.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # else we are a part of somebody's program, and must not leave it
+        try:
+            enter_namespace(given)
+        except LayerstoreError as error:
+            _fail(str(error), exit_status(error))
     known = {"--version", *chain.from_iterable(VERBS.values())}
     if not any(token in known for token in given):
         _load_every_verb()
