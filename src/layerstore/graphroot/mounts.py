@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from layerstore.errors import MountError, StorageError, UnknownObject
-from layerstore.graphroot import overlaymount
+from layerstore.graphroot import atomic, overlaymount
 from layerstore.graphroot.containers import Container
 from layerstore.graphroot.extract import in_user_namespace
 from layerstore.graphroot.images import Image
@@ -63,8 +63,9 @@ def mount_layer(
     if area.read_only and not read_only:
         raise MountError("layers of additional image stores are only for reading", subject=layer_id)
     words = [*options, "ro"] if read_only else list(options)
-    request = _request(store, area, record, words, mount_label, volatile)
-    with _mounting(store) as points:
+    with atomic.storage_errors(area.overlay.home):
+        request = _request(store, area, record, words, mount_label, volatile)
+    with atomic.storage_errors(store.config.run_root), _mounting(store) as points:
         area, record = _find(store, layer_id)  # it may have gone meanwhile
         known = {point.id: point for point in points.load()}
         point = known.get(record.id, MountPoint(record.id, request.target, 0))
@@ -93,7 +94,7 @@ def unmount_layer(store: Store, layer_id: str, *, force: bool = False) -> bool:
     The last one unmounts, and so does ``force`` whatever the count.  Raises
     ``UnknownObject`` for a layer that is not mounted.
     """
-    with _mounting(store) as points:
+    with atomic.storage_errors(store.config.run_root), _mounting(store) as points:
         known = {point.id: point for point in points.load()}
         point = known.pop(layer_id, None)
         if point is None:

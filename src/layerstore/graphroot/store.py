@@ -23,7 +23,7 @@ from layerstore.errors import (
     UnknownObject,
 )
 from layerstore.formats import Compression
-from layerstore.graphroot import als, bigdata, deletion
+from layerstore.graphroot import als, atomic, bigdata, deletion
 from layerstore.graphroot.containers import Container, ContainerArea
 from layerstore.graphroot.deletion import Removed
 from layerstore.graphroot.extract import WhiteoutStyle, in_user_namespace
@@ -95,7 +95,9 @@ class Store:
         config.check()
         refuse_other_driver(config.graph_root)
         for path in config.additional_image_stores:
-            if not path.is_dir():
+            with atomic.storage_errors(path):
+                found = path.is_dir()
+            if not found:
                 raise ConfigError("the additional image store is no directory", subject=str(path))
         store = cls(config, read_only=read_only)
         if not read_only:

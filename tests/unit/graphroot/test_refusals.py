@@ -13,7 +13,7 @@ import pytest
 from lab import graphroot, tars
 from layerstore import limits
 from layerstore.errors import LayerstoreError, StorageError
-from layerstore.graphroot import check, fsck
+from layerstore.graphroot import check, fsck, mounts
 from layerstore.graphroot.check import Kind, Report
 from layerstore.graphroot.overlay import Overlay
 from layerstore.graphroot.records import INCOMPLETE, LayerRecord
@@ -163,3 +163,19 @@ def test_a_read_only_storage_is_checked_without_making_files(tmp_path: Path) -> 
     config = dataclasses.replace(made.config, run_root=tmp_path / "no-run")
     assert check.check(Store.open(config, read_only=True)).remaining == ()
     assert not config.run_root.exists()
+
+
+def test_what_keeps_from_a_mount_or_an_image_store_is_named(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, KEPT)
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(StorageError, match="Permission denied"):
+        graphroot.open_store(tmp_path / "other", tmp_path / "images")
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(StorageError, match="Permission denied"):
+        mounts.mount_image(store, store.image(KEPT))
