@@ -2,27 +2,25 @@
 
 The length of each file is known before its bytes come, so its place in the archive is
 reserved and its bytes are written there while others are written elsewhere.  The archive
-has a temporary name beside its own until it is whole; a target that is no regular file,
+has no name until it is whole; a target that is no regular file,
 such as ``/dev/stdout``, gets it in one piece at the end.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import tarfile
-import tempfile
 import threading
 from pathlib import Path
 from typing import Final
 
 from layerstore.copy.localfiles import said, scratch_directory
-from layerstore.copy.transport import PIECE_BYTES, Pieces, file_pieces
+from layerstore.copy.transport import Pieces, file_pieces
+from layerstore.copy.unnamed import NewFile
 from layerstore.errors import StorageError, UsageError
 
 _MODE: Final = 0o444
-_FILE_MODE: Final = 0o644
 _END: Final = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -39,18 +37,9 @@ class ArchiveWriter:
             # The name behind a link to a pipe is none that could be opened.
             self._target = target if self._special else Path(os.path.realpath(target))
             directory = scratch_directory(scratch) if self._special else self._target.parent
-            self._descriptor, temporary = tempfile.mkstemp(
-                dir=directory, prefix=f".{self._target.name[:64]}-"
-            )
-            self._temporary = Path(temporary)
+            self._file = NewFile(directory)
         except OSError as error:
             raise StorageError(said(error), subject=subject) from error
-        self._open = True
-
-    @property
-    def directory(self) -> Path:
-        """Where the unfinished archive lies: temporary files beside it move in cheaply."""
-        return self._temporary.parent
 
     def add(self, name: str, data: bytes) -> None:
         """Add a small file."""
@@ -64,11 +53,8 @@ class ArchiveWriter:
             for piece in pieces():
                 if position + len(piece) > end:
                     raise UsageError(f"more than {size} bytes given", subject=name)
-                view = memoryview(piece)
-                while view:
-                    written = os.pwrite(self._descriptor, view, position)
-                    position += written
-                    view = view[written:]
+                self._file.write(piece, position)
+                position += len(piece)
         except OSError as error:
             raise StorageError(said(error), subject=self._subject) from error
         if position != end:
@@ -93,28 +79,22 @@ class ArchiveWriter:
     def finish(self) -> None:
         """Give the archive its name; raises ``StorageError``."""
         try:
-            os.pwrite(self._descriptor, _END, self._end)
+            self._file.write(_END, self._end)
             if self._special:
-                with self._temporary.open("rb") as file, self._target.open("wb") as out:
-                    shutil.copyfileobj(file, out, PIECE_BYTES)
-                self.abort()
-                return
-            os.fsync(self._descriptor)
-            os.fchmod(self._descriptor, _FILE_MODE)
-            os.rename(self._temporary, self._target)
-            self._open = False
-            os.close(self._descriptor)
-            sync_directory(self._target.parent)
+                with self._target.open("wb") as out:
+                    for piece in self._file.pieces(self._end + len(_END), self._subject)():
+                        out.write(piece)
+            else:
+                self._file.publish(self._target)
+                sync_directory(self._target.parent)
         except OSError as error:
-            self.abort()
             raise StorageError(said(error), subject=self._subject) from error
+        finally:
+            self.abort()
 
     def abort(self) -> None:
         """Leave nothing behind; does nothing after ``finish``."""
-        if self._open:
-            self._open = False
-            os.close(self._descriptor)
-            os.unlink(self._temporary)
+        self._file.close()
 
     def _reserve(self, wanted: tuple[bytes, int]) -> int:
         """Write a header; return where the payload belongs."""
@@ -124,10 +104,10 @@ class ArchiveWriter:
             self._end = start + size + -size % tarfile.BLOCKSIZE
             end = self._end
             try:
-                os.pwrite(self._descriptor, header, start - len(header))
+                self._file.write(header, start - len(header))
                 # Padding is the hole that this leaves.
-                if os.fstat(self._descriptor).st_size < end:
-                    os.ftruncate(self._descriptor, end)
+                if os.fstat(self._file.descriptor).st_size < end:
+                    os.ftruncate(self._file.descriptor, end)
             except OSError as error:
                 raise StorageError(said(error), subject=self._subject) from error
         return start

@@ -8,7 +8,6 @@ blob is built.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from layerstore.copy.transport import (
     HashedStream,
     ImageDestination,
     ImageSource,
-    file_pieces,
 )
+from layerstore.copy.unnamed import descriptor_pieces
 from layerstore.errors import (
     ContentError,
     LayerstoreError,
@@ -158,17 +157,16 @@ class LayerConverter:
         if not self._destination.has_blob(
             layer.digest, layer.size
         ) and not self._destination.take_over(self._source, layer.digest):
-            with tempfile.TemporaryDirectory(prefix="layerstore-", dir=self._scratch) as directory:
-                blob = Path(directory, "blob")
-                with blob.open("wb") as file:
-                    self._fetch(layer, diff_id, compressed=file)
-                self._destination.put_blob(layer.digest, file_pieces(blob), layer.size)
+            with tempfile.TemporaryFile(dir=self._scratch) as file:
+                self._fetch(layer, diff_id, compressed=file)
+                file.flush()
+                pieces = descriptor_pieces(file.fileno(), layer.size, f"layer {layer.digest}")
+                self._destination.put_blob(layer.digest, pieces, layer.size)
         self._tell(layer, "done", layer.size)
 
     def _convert(self, layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
-        with tempfile.TemporaryDirectory(prefix="layerstore-", dir=self._scratch) as directory:
-            tar_path, blob_path = Path(directory, "tar"), Path(directory, "blob")
-            with tar_path.open("w+b") as tar, blob_path.open("wb") as blob:
+        with tempfile.TemporaryFile(dir=self._scratch) as blob:
+            with tempfile.TemporaryFile(dir=self._scratch) as tar:
                 total = self._fetch(layer, diff_id, tar=tar)
                 written = 0
 
@@ -181,11 +179,12 @@ class LayerConverter:
                 result = write_estargz(
                     tar, blob, self._options, threads=self._threads, progress=count
                 )
-            os.unlink(tar_path)
+            blob.flush()
             self._check()
             self._tell(layer, "push", 0, result.size)
             if not self._destination.has_blob(result.digest, result.size):
-                self._destination.put_blob(result.digest, file_pieces(blob_path), result.size)
+                pieces = descriptor_pieces(blob.fileno(), result.size, f"layer {layer.digest}")
+                self._destination.put_blob(result.digest, pieces, result.size)
         self._tell(layer, "done", result.size, result.size)
         kept = {key: value for key, value in layer.annotations.items() if not stale(key)}
         return ConvertedLayer(

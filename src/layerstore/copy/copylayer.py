@@ -11,7 +11,7 @@ from layerstore.copy.localfiles import said, scratch_directory
 from layerstore.copy.manifestedit import CopiedLayer, LayerKind, layer_kind
 from layerstore.copy.progress import ALREADY_EXISTS, PullItem, PullListener
 from layerstore.copy.recompress import Form, OpenedBlob, make_blob, unpacked
-from layerstore.copy.transport import ImageDestination, ImageSource, file_pieces
+from layerstore.copy.transport import ImageDestination, ImageSource
 from layerstore.errors import (
     LayerstoreError,
     StorageError,
@@ -167,12 +167,11 @@ class LayerCopier:
             diff_id=diff_id,
             subject=f"layer {layer.digest}",
         )
-        try:
+        with made.file as file:
             self._check()
             if not self._destination.has_blob(made.digest, made.size):
-                self._destination.put_blob(made.digest, file_pieces(made.path), made.size)
-        finally:
-            made.path.unlink(missing_ok=True)
+                pieces = file.pieces(made.size, f"layer {layer.digest}")
+                self._destination.put_blob(made.digest, pieces, made.size)
         return CopiedLayer(made.digest, made.size, made.compression)
 
     def _form(self, found: Compression, plan: LayerPlan) -> Form:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import Final
 
 from layerstore import limits
 from layerstore.copy.archivewriter import sync_directory
-from layerstore.copy.localfiles import Directory, LocalFile, publish, said
+from layerstore.copy.localfiles import Directory, LocalFile, said
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
+from layerstore.copy.unnamed import NewDirectory, publish
 from layerstore.errors import NotFound, StorageError, UsageError
 from layerstore.image import Digest, Reference, parse_manifest
 from layerstore.registry import FetchedManifest
@@ -117,8 +117,8 @@ class DirDestination(ImageDestination):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             parent = self._directory if self._exists else self._directory.parent
             parent.mkdir(parents=True, exist_ok=True)
-            self._new = parent / f".new-{secrets.token_hex(8)}"
-            self._new.mkdir()
+            self._gathered = NewDirectory(parent)
+            self._new = self._gathered.path
         except OSError as error:
             raise StorageError(said(error), subject=self._name) from error
 
@@ -159,7 +159,7 @@ class DirDestination(ImageDestination):
 
     def close(self) -> None:
         """See ``ImageDestination``."""
-        shutil.rmtree(self._new, ignore_errors=True)
+        self._gathered.close()
 
     def _put(self, name: str, data: bytes) -> None:
         publish(self._new / name, lambda: (data,), self._name)

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Protocol, Self
 
-from layerstore.copy.transport import Pieces
 from layerstore.errors import LimitExceeded, NotFound, StorageError
-
-_FILE_MODE: Final = 0o644
 
 
 class LocalFile:
@@ -123,25 +119,6 @@ def read_all(file: LocalFile, limit: int, subject: str) -> bytes:
     while data := file.read(limit + 1):
         parts.append(data)
     return b"".join(parts)
-
-
-def publish(path: Path, pieces: Pieces, subject: str) -> None:
-    """Write a file that is whole and on disk whenever it is there; raises ``StorageError``."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-            try:
-                for piece in pieces():
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), _FILE_MODE)
-                os.rename(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise StorageError(said(error), subject=subject) from error
 
 
 def scratch_directory(wanted: Path | None) -> Path:

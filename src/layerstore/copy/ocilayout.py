@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from layerstore import limits
-from layerstore.copy.localfiles import Directory, FileSet, LocalFile, publish
+from layerstore.copy.localfiles import Directory, FileSet, LocalFile
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
+from layerstore.copy.unnamed import publish
 from layerstore.errors import InvalidManifest, LimitExceeded, NotFound, UsageError
 from layerstore.formats import Compression
 from layerstore.image import Digest, Reference, media_types, parse_manifest

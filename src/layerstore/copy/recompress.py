@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import os
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from isal import igzip_lib
 
 from layerstore import limits
 from layerstore.copy.transport import PIECE_BYTES, BlobStream, ImageSource, Pieces
+from layerstore.copy.unnamed import NewFile
 from layerstore.errors import ContentError, LimitExceeded, VerificationError
 from layerstore.formats import Compression, LayerStream
 from layerstore.formats.compression import Readable, detect
@@ -61,9 +60,9 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MadeBlob:
-    """A blob made in a temporary file."""
+    """A blob made in a file without a name, which is there until ``file`` is closed."""
 
-    path: Path
+    file: NewFile
     digest: Digest
     size: int
     compression: Compression
@@ -152,34 +151,32 @@ def make_blob(
 ) -> MadeBlob:
     """Pack the tar stream ``tar`` into a new file in ``directory``.
 
-    ``diff_id`` is what the stream must have; the temporary file is the caller's.
-    Raises ``VerificationError``, ``LimitExceeded`` and what `its ``read``` raises.
+    ``diff_id`` is what the stream must have; the file is the caller's to close.
+    Raises ``VerificationError``, ``LimitExceeded``, ``OSError`` and what ``tar.read`` raises.
     """
     packer = _packer(form, level)
     plain, packed = hashlib.sha256(), hashlib.sha256()
     length = size = 0
-    descriptor, name = tempfile.mkstemp(prefix=".layer-", dir=directory)
-    path = Path(name)
+    file = NewFile(directory)
     try:
-        with os.fdopen(descriptor, "wb") as file:
 
-            def emit(data: bytes) -> None:
-                nonlocal size
-                if data:
-                    file.write(data)
-                    packed.update(data)
-                    size += len(data)
+        def emit(data: bytes) -> None:
+            nonlocal size
+            if data:
+                file.write(data, size)
+                packed.update(data)
+                size += len(data)
 
-            while data := tar.read(PIECE_BYTES):
-                length += len(data)
-                if length > limits.ARCHIVE_BYTES:
-                    raise LimitExceeded(
-                        f"a layer of more than {limits.ARCHIVE_BYTES} bytes when unpacked",
-                        subject=subject,
-                    )
-                plain.update(data)
-                emit(packer.compress(data))
-            emit(packer.flush())
+        while data := tar.read(PIECE_BYTES):
+            length += len(data)
+            if length > limits.ARCHIVE_BYTES:
+                raise LimitExceeded(
+                    f"a layer of more than {limits.ARCHIVE_BYTES} bytes when unpacked",
+                    subject=subject,
+                )
+            plain.update(data)
+            emit(packer.compress(data))
+        emit(packer.flush())
         found = Digest(f"sha256:{plain.hexdigest()}")
         if diff_id is not None and found != diff_id:
             raise VerificationError(
@@ -188,9 +185,9 @@ def make_blob(
                 advice="the image contradicts itself: build or push it anew",
             )
         digest = Digest(f"sha256:{packed.hexdigest()}")
-        return MadeBlob(path, digest, size, form.compression)
+        return MadeBlob(file, digest, size, form.compression)
     except BaseException:
-        path.unlink(missing_ok=True)
+        file.close()
         raise
 
 
