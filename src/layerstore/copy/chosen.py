@@ -24,6 +24,7 @@ from layerstore.image import (
     parse_config,
     parse_manifest,
 )
+from layerstore.image.goconfig import require_readable
 from layerstore.registry import FetchedManifest
 
 _NESTING: Final = 4  # indexes inside indexes
@@ -65,7 +66,8 @@ def _entry(index: Index, platform: Platform) -> Descriptor:
         # As containers/image: one without a platform is for all.
         entry = next((one for one in index.manifests if one.platform is None), None)
     if entry is None:
-        there = ", ".join(sorted({str(one.platform) for one in index.manifests if one.platform}))
+        names = {repr(str(one.platform))[1:-1] for one in index.manifests if one.platform}
+        there = ", ".join(sorted(names))
         raise NotFound(
             f"no image for the platform {platform}",
             advice=f"there are: {there or 'none'}"[:500],
@@ -95,4 +97,5 @@ def choose_image(source: ImageSource, platform: Platform, check: Check) -> Chose
             f"the config has {len(raw)} bytes, not {parsed.config.size} as the manifest says"
         )
     config = parse_config(raw)
+    require_readable(raw)
     return ChosenImage(found, parsed, index, raw, config, wanted_layers(parsed, config))

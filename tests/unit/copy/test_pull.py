@@ -385,6 +385,19 @@ def test_a_config_that_is_none_is_refused(puller: Puller) -> None:
         puller.pull("a/b:1")
 
 
+def test_a_config_that_would_break_podman_images_is_refused(puller: Puller) -> None:
+    raw = b'{"created": "not a time"}'
+    bad = puller.registry.add_blob("a/b", raw)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["config"] |= {"digest": bad, "size": len(raw)}
+
+    puller.publish("a/b:1", change=change)
+    with pytest.raises(InvalidManifest, match="not one that Podman reads: created"):
+        puller.pull("a/b:1")
+    assert puller.store.images() == []
+
+
 def test_a_blob_that_is_another_is_refused_and_what_was_below_stays(puller: Puller) -> None:
     image = puller.publish("a/b:1")
     puller.registry.fault("flip", f"blobs/{image.layers[1].digest}", after=30)
