@@ -24,8 +24,9 @@ lint: bootstrap ## ruff (rules, format) and mypy --strict
 test: lint trixie ## lint, unit tests and the tests against the real tools
 	$(PYTHON) -m pytest tests/unit tests/compat tests/faults
 
-bench: bootstrap ## measure against a plain pull (and a peer) over two links
+bench: bootstrap trixie ## measure starts and pulls beside a plain pull, both Podmans and (if given) a peer
 	@$(PYTHON) -m benchmarks
+	@$(PYTHON) -m benchmarks.consumer
 
 clean: ## remove caches and build products (.venv and .cache included)
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
