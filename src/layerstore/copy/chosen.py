@@ -24,7 +24,7 @@ from layerstore.image import (
     parse_config,
     parse_manifest,
 )
-from layerstore.image.goconfig import require_readable
+from layerstore.image.goconfig import require_readable_config, require_readable_manifest
 from layerstore.registry import FetchedManifest
 
 _NESTING: Final = 4  # indexes inside indexes
@@ -86,6 +86,9 @@ def choose_image(source: ImageSource, platform: Platform, check: Check) -> Chose
     parsed = parse_manifest(found.raw, found.media_type)
     if not isinstance(parsed, Manifest):  # choose_manifest gave no index
         raise InvalidManifest("an index where a manifest was expected")
+    for document in (found, index):
+        if document is not None:
+            require_readable_manifest(document.raw)
     require_image(parsed)  # what is none need not have a config that reads like one
     if parsed.config.size > limits.CONFIG_BYTES:
         raise LimitExceeded(
@@ -97,5 +100,5 @@ def choose_image(source: ImageSource, platform: Platform, check: Check) -> Chose
             f"the config has {len(raw)} bytes, not {parsed.config.size} as the manifest says"
         )
     config = parse_config(raw)
-    require_readable(raw)
+    require_readable_config(raw)
     return ChosenImage(found, parsed, index, raw, config, wanted_layers(parsed, config))

@@ -1,14 +1,16 @@
-"""Whether Go's ``encoding/json`` reads an image config as containers/image needs it.
+"""Whether Go's ``encoding/json`` reads configs and manifests as containers/image needs them.
 
-Podman refuses to pull an image whose config has a value of the wrong type; but once such an
-image is in the storage, ``podman images`` fails for all of them.  So what comes into a
-storage is held to the same types: OCI image-spec v1 ``Image`` and containers/image
-``Schema2Image``.  Keys are matched whatever their case, ``null`` is a value of every type, of
+Podman refuses to pull an image whose config or manifest has a value of the wrong type; but once
+such an image is in the storage, ``podman images`` fails for all of them (config), or ``podman
+inspect`` for this one (manifest).  So what comes into a storage is held to the same types: OCI
+image-spec v1 ``Image``, ``Manifest`` and ``Index``, and containers/image ``Schema2Image``.  Keys are matched whatever their case, ``null`` is a value of every type, of
 keys given twice both must be right, and unknown keys are free.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import json
 import re
@@ -33,14 +35,23 @@ class _Object(list[tuple[str, Any]]):
     """The members of an object as they were written."""
 
 
-def require_readable(raw: bytes) -> None:
+def require_readable_config(raw: bytes) -> None:
     """Raise ``InvalidManifest`` for a config that Podman would not read."""
+    _require(raw, "config", _IMAGE)
+
+
+def require_readable_manifest(raw: bytes) -> None:
+    """Raise ``InvalidManifest`` for a manifest or index that Podman would not read."""
+    _require(raw, "manifest", _MANIFEST)
+
+
+def _require(raw: bytes, what: str, test: _Test) -> None:
     try:
         document = json.loads(raw.decode("utf-8", "replace"), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
-        raise InvalidManifest(f"not an image config: {error}") from None
-    if wrong := _IMAGE(document):
-        raise InvalidManifest(f"the config is not one that Podman reads: {wrong.lstrip('.')}")
+        raise InvalidManifest(f"not an image {what}: {error}") from None
+    if wrong := test(document):
+        raise InvalidManifest(f"the {what} is not one that Podman reads: {wrong.lstrip('.')}")
 
 
 def _type(expected: str, kind: type) -> _Test:
@@ -53,6 +64,16 @@ def _type(expected: str, kind: type) -> _Test:
 def _number(value: Any) -> str:
     fits = type(value) is int and -_INT64 <= value < _INT64
     return "" if value is None or fits else ": not a whole number of 64 bits"
+
+
+def _bytes(value: Any) -> str:
+    if value is None:
+        return ""
+    if type(value) is str:
+        with contextlib.suppress(ValueError):  # also for what is not ASCII
+            base64.b64decode(value.replace("\r", "").replace("\n", ""), validate=True)
+            return ""
+    return ": not base64"
 
 
 def _time(value: Any) -> str:
@@ -160,4 +181,27 @@ _IMAGE: Final = _struct(
     history=_list(
         _struct(created=_time, created_by=_TEXT, author=_TEXT, comment=_TEXT, empty_layer=_BOOL)
     ),
+)
+
+_DESCRIPTOR: Final = _struct(
+    **dict.fromkeys(("mediaType", "digest", "artifactType"), _TEXT),
+    size=_number,
+    urls=_TEXTS,
+    annotations=_map(_TEXT),
+    data=_bytes,
+    platform=_struct(
+        **dict.fromkeys(("architecture", "os", "os.version", "variant"), _TEXT),
+        **{"os.features": _TEXTS},
+    ),
+)
+
+_MANIFEST: Final = _struct(
+    schemaVersion=_number,
+    mediaType=_TEXT,
+    artifactType=_TEXT,
+    config=_DESCRIPTOR,
+    layers=_list(_DESCRIPTOR),
+    manifests=_list(_DESCRIPTOR),
+    subject=_DESCRIPTOR,
+    annotations=_map(_TEXT),
 )

@@ -1,4 +1,4 @@
-"""Configs that Podman refuses, each tried with ``podman pull`` of 4.3.1 and 5.4.2."""
+"""Configs and manifests that Podman refuses, each tried with ``podman pull`` of 4.3.1 and 5.4.2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from layerstore.errors import InvalidManifest
-from layerstore.image.goconfig import require_readable
+from layerstore.image.goconfig import require_readable_config, require_readable_manifest
 
 GOOD: dict[str, Any] = {
     "created": "2024-02-29T12:00:00.123456789+02:00",
@@ -32,8 +32,8 @@ GOOD: dict[str, Any] = {
 
 
 def test_what_builders_write_is_read() -> None:
-    require_readable(json.dumps(GOOD).encode())
-    require_readable(b"{}")
+    require_readable_config(json.dumps(GOOD).encode())
+    require_readable_config(b"{}")
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,62 @@ def test_what_builders_write_is_read() -> None:
 )
 def test_a_value_of_another_type_is_named(changed: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidManifest, match=told):
-        require_readable(json.dumps(GOOD | changed).encode())
+        require_readable_config(json.dumps(GOOD | changed).encode())
 
 
 def test_both_of_two_values_must_be_right() -> None:
     with pytest.raises(InvalidManifest, match="author"):
-        require_readable(b'{"author": 5, "author": "x"}')
+        require_readable_config(b'{"author": 5, "author": "x"}')
 
 
 @pytest.mark.parametrize("raw", [b"", b"[1]", b"{", b"[" * 100000])
 def test_what_is_no_config_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidManifest):
-        require_readable(raw)
+        require_readable_config(raw)
+
+
+DESCRIPTOR: dict[str, Any] = {
+    "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+    "digest": "sha256:" + "0" * 64,
+    "size": 5,
+    "urls": ["https://example.com"],
+    "annotations": {"a": "b"},
+    "data": "aGVs\nbG8=",
+    "platform": {"os": "linux", "architecture": "amd64", "os.features": ["x"]},
+    "artifactType": "a/b",
+}
+MANIFEST: dict[str, Any] = {
+    "schemaVersion": 2,
+    "config": DESCRIPTOR,
+    "layers": [DESCRIPTOR, {**DESCRIPTOR, "urls": None}],
+    "subject": DESCRIPTOR,
+    "annotations": {},
+    "artifactType": None,
+    "unknown": [7],
+}
+
+
+def test_manifests_and_indexes_are_read() -> None:
+    require_readable_manifest(json.dumps(MANIFEST).encode())
+    require_readable_manifest(json.dumps({"manifests": [DESCRIPTOR], "layers": None}).encode())
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"subject": 7}, "subject: not an object"),
+        ({"SUBJECT": []}, "subject: not an object"),
+        ({"subject": {**DESCRIPTOR, "size": "5"}}, "subject.size: not a whole number"),
+        ({"artifactType": []}, "artifacttype: not a string"),
+        ({"annotations": {"a": 7}}, "annotations.'a': not a string"),
+        ({"config": {**DESCRIPTOR, "data": "x"}}, "config.data: not base64"),
+        ({"config": {**DESCRIPTOR, "data": 7}}, "config.data: not base64"),
+        ({"config": {**DESCRIPTOR, "artifactType": 1.5}}, "config.artifacttype: not a string"),
+        ({"layers": [{**DESCRIPTOR, "data": "\u00e9"}]}, r"layers\[0\].data: not base64"),
+        ({"layers": [{**DESCRIPTOR, "platform": 7}]}, r"layers\[0\].platform: not an object"),
+        ({"manifests": [DESCRIPTOR, {"urls": 7}]}, r"manifests\[1\].urls: not a list"),
+    ],
+)
+def test_manifests_that_podman_refuses(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidManifest, match=told):
+        require_readable_manifest(json.dumps({**MANIFEST, **changed}).encode())
