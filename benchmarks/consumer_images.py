@@ -2,7 +2,8 @@
 
 ``python``: Debian with Python and its numeric libraries, four layers, 200 MB packed.
 ``many``: 24,000 small files in four layers.  ``large``: three layers with one large file each,
-half of which can be compressed.  ``tall``: twenty small layers, to be taken lazily.
+half of which can be compressed.  ``tall``: twenty small layers, pulled whole and lazily.
+``zstd``: ``python`` with its layers packed with zstd.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ PLAIN: Final[dict[str, Callable[[], StoredImage]]] = {
     "python": python,
     "many": many_files,
     "large": large_files,
+    "tall": tall,
 }
+ZSTD: Final = "zstd"
+"""Made of ``python`` while it is pushed."""
 
 
 def _image(name: str, layers: Sequence[Iterator[Member]]) -> StoredImage:
