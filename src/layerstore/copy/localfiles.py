@@ -122,8 +122,18 @@ def read_all(file: LocalFile, limit: int, subject: str) -> bytes:
 
 
 def scratch_directory(wanted: Path | None) -> Path:
-    """Where large temporary files go: where asked, else ``$TMPDIR``, else ``/var/tmp``."""
-    return wanted or Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - Podman's place
+    """Where large temporary files go: where asked, else ``$TMPDIR``, else ``/var/tmp``.
+
+    Raises ``StorageError`` if there is no such directory.
+    """
+    found = wanted or Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - Podman's place
+    if not found.is_dir():
+        raise StorageError(
+            "the directory for temporary files does not exist",
+            subject=str(found),
+            advice="make it, or set TMPDIR to another",
+        )
+    return found
 
 
 def said(error: OSError) -> str:

@@ -19,6 +19,7 @@ import pytest
 from layerstore import limits
 from layerstore.copy.archivereader import TarFiles
 from layerstore.copy.archivewriter import ArchiveWriter
+from layerstore.copy.localfiles import scratch_directory
 from layerstore.errors import InvalidLayer, LimitExceeded, NotFound, StorageError, UsageError
 
 
@@ -228,3 +229,13 @@ def test_a_target_that_is_no_regular_file_gets_the_archive_in_one_piece(tmp_path
         ArchiveWriter(scratch, "a directory")
     with pytest.raises(StorageError):
         ArchiveWriter(tmp_path / "no" / "where", "nowhere")
+
+
+def test_a_missing_directory_for_temporary_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert scratch_directory(None) == tmp_path
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(StorageError, match="missing: the directory for temporary files"):
+        scratch_directory(None)
