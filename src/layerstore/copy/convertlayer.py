@@ -146,6 +146,8 @@ class LayerConverter:
             read = self._source.read_range
             tail = read(layer.digest, layer.size, layer.size - FOOTER_BYTES, FOOTER_BYTES)
             footer = parse_footer(tail, layer.size)
+            if footer.external:
+                return False
             member = read(layer.digest, layer.size, footer.toc_offset, footer.toc_size)
             return Digest.of(read_toc(member)) == promised
         except ContentError:

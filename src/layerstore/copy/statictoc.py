@@ -90,6 +90,8 @@ def check_toc(
 def _estargz(descriptor: int, size: int) -> tuple[bytes, int]:
     tail_size = min(FOOTER_BYTES, size)
     footer = parse_footer(os.pread(descriptor, tail_size, size - tail_size), size)
+    if footer.external:
+        raise InvalidLayer("the layer keeps its table of contents in another image")
     return read_toc(_range(descriptor, footer.toc_offset, footer.toc_size)), footer.toc_offset
 
 

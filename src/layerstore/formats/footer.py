@@ -12,7 +12,12 @@ offset of the member that holds the TOC (stargz-snapshotter, docs/estargz.md)::
     38  01 00 00 ff ff          empty block  34  the same
     43  00*8                    CRC, ISIZE   39  the same
 
-A third form, 46 bytes, says that the TOC is kept in another image.
+A third form, 46 bytes, says that the TOC is kept in another image::
+
+    10  LE16 21                 XLEN
+    12  "SG", LE16 17           subfield
+    16  "STARGZEXTERNALTOC"
+    33  01 00 00 ff ff, 00*8    empty block, CRC, ISIZE
 """
 
 from __future__ import annotations
@@ -22,10 +27,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from layerstore import limits
-from layerstore.errors import InvalidLayer, LimitExceeded, UnsupportedFormat
+from layerstore.errors import InvalidLayer, LimitExceeded
 
 FOOTER_BYTES: Final = 51
 LEGACY_FOOTER_BYTES: Final = 47
+EXTERNAL_FOOTER_BYTES: Final = 46
 
 _HEADER: Final = bytes.fromhex("1f8b0804 00000000 00 ff")
 _TRAILER: Final = bytes.fromhex("010000ffff 00000000 00000000")
@@ -40,16 +46,21 @@ _FORMS: Final = (
         re.compile(re.escape(_HEADER + b"\x16\0") + _OFFSET + re.escape(_TRAILER)),
     ),
 )
-_EXTERNAL: Final = _HEADER + b"\x15\0SG\x11\0STARGZEXTERNALTOC" + _TRAILER
+EXTERNAL_FOOTER: Final = _HEADER + b"\x15\0SG\x11\0STARGZEXTERNALTOC" + _TRAILER
 
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """Where the TOC lies: ``toc_size`` compressed bytes from ``toc_offset``, then the footer."""
+    """Where the TOC lies: ``toc_size`` compressed bytes from ``toc_offset``, then the footer.
+
+    With ``external`` there is none in the blob: ``toc_size`` is 0, and ``toc_offset`` is where
+    the members of the tar stream end and the footer begins.
+    """
 
     toc_offset: int
     toc_size: int
     footer_size: int
+    external: bool = False
 
 
 def parse_footer(tail: bytes, blob_size: int) -> Footer:
@@ -57,16 +68,16 @@ def parse_footer(tail: bytes, blob_size: int) -> Footer:
 
     ``tail`` should hold at least ``FOOTER_BYTES`` bytes where the blob has them.
 
-    Raises ``InvalidLayer`` when there is no eStargz footer or it points outside the blob,
-    ``LimitExceeded`` when the compressed TOC is larger than ``limits.TOC_BYTES`` and
-    ``UnsupportedFormat`` for a blob whose TOC is kept in another image.
+    Raises ``InvalidLayer`` when there is no eStargz footer or it points outside the blob, and
+    ``LimitExceeded`` when the compressed TOC is larger than ``limits.TOC_BYTES``.
     """
     for size, form in _FORMS:
         match = form.fullmatch(tail, max(0, len(tail) - size))
         if match is not None:
             return _footer(int(match[1], 16), size, blob_size)
-    if tail.endswith(_EXTERNAL):
-        raise UnsupportedFormat("the layer keeps its table of contents in another image")
+    if tail.endswith(EXTERNAL_FOOTER) and blob_size >= EXTERNAL_FOOTER_BYTES:
+        end = blob_size - EXTERNAL_FOOTER_BYTES
+        return Footer(end, 0, EXTERNAL_FOOTER_BYTES, external=True)
     raise InvalidLayer("the layer does not end in an eStargz footer")
 
 

@@ -24,6 +24,7 @@ from layerstore.errors import (
     NetworkError,
     RangeNotSupported,
     StorageError,
+    UnsupportedFormat,
 )
 from layerstore.formats import FOOTER_BYTES, iter_toc, parse_footer, read_toc
 from layerstore.image import Descriptor, Digest, Reference, media_types, toc_digest
@@ -105,6 +106,8 @@ class Loader:
         guess = _tail_guess(size)
         end = self._read(reference, descriptor, size - guess, guess, deadline)
         footer = parse_footer(end[-FOOTER_BYTES:], size)
+        if footer.external:
+            raise UnsupportedFormat("the layer keeps its table of contents in another image")
         if size - footer.toc_offset > limits.TOC_BYTES:
             raise LimitExceeded("TOC is too large", subject=descriptor.digest)
         missing = size - len(end) - footer.toc_offset

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerstore import limits
-from layerstore.errors import ContentError, InvalidLayer, LimitExceeded, UnsupportedFormat
+from layerstore.errors import ContentError, InvalidLayer, LimitExceeded
 from layerstore.formats import FOOTER_BYTES, Footer, build_footer, parse_footer
+from layerstore.formats.footer import EXTERNAL_FOOTER
 
 LEGACY = (
     bytes.fromhex("1f8b08040000000000ff1600") + b"%016xSTARGZ" % 100 + bytes.fromhex("010000ffff")
@@ -56,12 +57,27 @@ def test_a_huge_compressed_toc_is_refused_before_it_is_fetched() -> None:
         parse_footer(build_footer(0), limits.TOC_BYTES + 52)
 
 
-def test_an_external_toc_is_named_as_such() -> None:
+def test_an_external_toc_is_told_by_the_footer_of_46_bytes() -> None:
     external = bytes.fromhex("1f8b08040000000000ff1500") + b"SG\x11\0STARGZEXTERNALTOC"
     external += bytes.fromhex("010000ffff") + bytes(8)
     assert len(external) == 46
-    with pytest.raises(UnsupportedFormat):
-        parse_footer(b"12345" + external, 1000)
+    assert external == EXTERNAL_FOOTER
+    found = parse_footer(b"12345" + external, 1000)
+    assert found == Footer(toc_offset=954, toc_size=0, footer_size=46, external=True)
+    assert not parse_footer(build_footer(100), 300).external
+
+
+@pytest.mark.parametrize("position", range(46))
+def test_every_byte_of_the_external_footer_is_checked(position: int) -> None:
+    footer = bytearray(EXTERNAL_FOOTER)
+    footer[position] ^= 0x40
+    with pytest.raises(InvalidLayer):
+        parse_footer(b"12345" + bytes(footer), 300)
+
+
+def test_an_external_footer_larger_than_the_blob_is_refused() -> None:
+    with pytest.raises(InvalidLayer):
+        parse_footer(EXTERNAL_FOOTER, 45)
 
 
 @given(st.binary(max_size=60), st.integers(0, 1 << 70))
