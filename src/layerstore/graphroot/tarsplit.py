@@ -1,118 +1,40 @@
-"""tar-split: what must be kept of a layer's tar stream to give it back byte by byte.
+"""The tar-split that containers/storage keeps beside a layer's extracted files.
 
-Beside the extracted files containers/storage keeps ``<layer id>.tar-split.gz``:
-JSON lines, gzip compressed (github.com/vbatts/tar-split, ``tar/storage/entry.go``
-and ``tar/asm``).  In the order of the stream::
-
-    {"type":2,"payload":"<base64>","position":0}        raw bytes: headers, padding, trailer
-    {"type":1,"name":"etc/hosts","size":12,"payload":"<base64>","position":1}
-                                                        the content of a file: CRC-64 (ISO), 8 bytes
-    {"type":1,"name":"etc/","payload":null,"position":2}    an entry without content
-
-A name that is no UTF-8 stands in ``name_raw`` in base64.  No path may come twice.
+``<layer id>.tar-split.gz``: the JSON lines of ``formats.tarsplit``, gzip compressed.
 """
 
 from __future__ import annotations
 
 import binascii
-import hashlib
-import json
-import posixpath
-import re
 from collections.abc import Callable, Iterator
 from gzip import BadGzipFile
 from typing import BinaryIO, Final, cast
 
-import anycrc
 import msgspec
 from isal import igzip, isal_zlib
 
 from layerstore import limits
-from layerstore.errors import CorruptStorage, InvalidLayer, StorageError
+from layerstore.errors import CorruptStorage, StorageError
+from layerstore.formats import tarsplit
 from layerstore.formats.gzipmember import GzipError
+from layerstore.formats.tarsplit import crc64
 
-_CRC: Final = anycrc.Model("CRC64-GO-ISO")
 _SEGMENT: Final = 2
 _FILE: Final = 1
-_FLUSH_BYTES: Final = 256 * limits.KIB
 _READ_BYTES: Final = limits.MIB
 _LINE_BYTES: Final = 2 * limits.TAR_EXTENDED_HEADER_BYTES
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GZIP_WBITS: Final = 31
-_SHORT: Final = 32  # bytes of a path that is remembered as it is
 
-# Needs no escaping in JSON.
-_PLAIN: Final = re.compile(rb"[-+.,:=@_~/ 0-9A-Za-z]*")
-# Go's encoding/json escapes these too.
-_GO_ESCAPED: Final = re.compile("[<>&\u2028\u2029]")
+__all__ = ["TarSplitWriter", "assemble", "crc64"]
 
 
-def crc64(data: bytes | memoryview, before: int = 0) -> int:
-    """The CRC-64 of Go's ``crc64.ISO`` over ``data``, going on from ``before``."""
-    return cast("int", _CRC.calc(data, before))
-
-
-class TarSplitWriter:
-    """Writes the lines of one layer in the order of its tar stream, compressed, to ``out``.
-
-    Raises InvalidLayer for a path that comes twice, as every container engine does that
-    keeps tar-splits; what ``out`` raises passes through.
-    """
+class TarSplitWriter(tarsplit.TarSplitWriter):
+    """Writes the lines of one layer to ``out`` as containers/storage keeps them."""
 
     def __init__(self, out: BinaryIO) -> None:
-        self._out = out
         # The fast level: the lines are read once in a while, and written at every pull.
-        self._compressor = isal_zlib.compressobj(level=1, wbits=_GZIP_WBITS)
-        self._lines: list[bytes] = []
-        self._pending = 0
-        self._position = 0
-        self._seen: set[bytes] = set()
-
-    def segment(self, data: bytes) -> None:
-        """Raw bytes of the stream; none at all is no line."""
-        if data:
-            encoded = binascii.b2a_base64(data, newline=False)
-            self._line(b'{"type":2,"payload":"%b","position":%d}\n' % (encoded, self._position))
-
-    def file(self, name: bytes, size: int, crc: int) -> None:
-        """An entry by its name in the archive, after its content of ``size`` bytes."""
-        path = _clean(name)
-        if len(path) > _SHORT:
-            # All paths of a layer are remembered, and an archive may make each 4 KiB long.
-            path = hashlib.blake2b(path, digest_size=_SHORT + 1).digest()
-        if path in self._seen:
-            raise InvalidLayer(
-                "the archive has this path twice, and then no engine can give the layer back",
-                subject=name.decode(errors="replace"),
-            )
-        self._seen.add(path)
-        parts = [b'{"type":1']
-        if name:
-            parts.append(_named(name))
-        if size:
-            checksum = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False)
-            parts.append(b',"size":%d,"payload":"%b"' % (size, checksum))
-        else:
-            parts.append(b',"payload":null')
-        parts.append(b',"position":%d}\n' % self._position)
-        self._line(b"".join(parts))
-
-    def close(self) -> None:
-        """Write what is left; ``out`` stays open."""
-        self._flush()
-        self._out.write(self._compressor.flush())
-
-    def _line(self, line: bytes) -> None:
-        self._position += 1
-        self._lines.append(line)
-        self._pending += len(line)
-        if self._pending >= _FLUSH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._out.write(self._compressor.compress(b"".join(self._lines)))
-        self._lines.clear()
-        self._pending = 0
+        super().__init__(out, isal_zlib.compressobj(level=1, wbits=_GZIP_WBITS))
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -206,24 +128,3 @@ def _base64(text: str) -> bytes:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:
         raise CorruptStorage(f"a line of the tar-split is damaged: {error}") from None
-
-
-def _named(name: bytes) -> bytes:
-    if _PLAIN.fullmatch(name):
-        return b',"name":"%b"' % name
-    try:
-        text = name.decode()
-    except UnicodeDecodeError:
-        return b',"name_raw":"%b"' % binascii.b2a_base64(name, newline=False)
-    quoted = json.dumps(text, ensure_ascii=False)
-    escaped = _GO_ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
-    return b',"name":%b' % escaped.encode()
-
-
-def _clean(name: bytes) -> bytes:
-    """The path as Go's ``filepath.Clean`` gives it."""
-    if name[:1] not in (b".", b"/", b"") and b"/." not in name and b"//" not in name:
-        return name[:-1] if name.endswith(b"/") else name
-    if name.startswith(b"//"):
-        name = b"/" + name.lstrip(b"/")
-    return posixpath.normpath(name)
