@@ -97,6 +97,13 @@ REFRESH_SECONDS: Final = 2.0  # a reference is not resolved again sooner than th
 FAILURE_SECONDS: Final = 5.0  # a failed resolution is remembered this long at most
 UNREACHABLE_SECONDS: Final = 15.0  # lookups of an image whose registry gave no answer rest so long
 TRANSIENT_NAMES: Final = 65_536  # reference and layer names remembered without a layer
+EAGER_SECONDS: Final = 15.0  # a lookup waits so long for an ordinary layer, if told to wait
+EAGER_SECONDS_MAX: Final = RESOLVE_SECONDS - 1.0
+INGEST_WORKERS: Final = 2  # ordinary layers that somebody waits for, at once
+INGEST_QUEUE: Final = 1024  # ordinary layers to be fetched in the background
+INGEST_FAILED_SECONDS: Final = 60.0  # a layer whose fetch failed is not tried again sooner
+DISK_KEEP_FREE: Final = 0.1  # of the file system, before ordinary layers are fetched ahead
+FETCH_JOBS: Final = 64  # of `layerstore fetch` that are remembered
 
 # -- file system -----------------------------------------------------------------
 READ_ANSWER_SECONDS: Final = 120.0  # a read is answered by then, with EIO if need be

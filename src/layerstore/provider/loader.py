@@ -27,6 +27,7 @@ from layerstore.errors import (
     UnsupportedFormat,
 )
 from layerstore.formats import FOOTER_BYTES, iter_toc, parse_footer, read_toc
+from layerstore.formats.announced import Form
 from layerstore.image import Descriptor, Digest, Reference, media_types, toc_digest
 from layerstore.layertree import build_index
 from layerstore.provider import memory
@@ -55,7 +56,7 @@ class Loader:
         self._state = state
         self._client = client
         self._lock = threading.Lock()
-        self._loading: dict[tuple[Digest, Digest], threading.Lock] = {}
+        self._loading: dict[tuple[Digest, Digest, Digest], threading.Lock] = {}
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for stale in root.glob("new-*"):
@@ -67,13 +68,17 @@ class Loader:
         """Where the files of a layer live."""
         return self._root / str(slot)
 
-    def load(self, reference: Reference, descriptor: Descriptor, deadline: float) -> LayerRecord:
+    def load(
+        self, reference: Reference, descriptor: Descriptor, diff_id: Digest, deadline: float
+    ) -> LayerRecord:
         """The record of the layer; its index is on disk when this returns.
+
+        ``diff_id`` is the one that the image's config states.
 
         Raises Refusal, errors of the content, of the registry and of the disk.
         """
         toc = announced_toc(descriptor)
-        key = (descriptor.digest, toc)
+        key = (descriptor.digest, toc, diff_id)
         with self._lock:
             loading = self._loading.setdefault(key, threading.Lock())
         if not loading.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -87,7 +92,7 @@ class Loader:
                     subject=descriptor.digest,
                 )
             if record is None or not (self.directory(record.slot) / "index").exists():
-                record = self._load(reference, descriptor, toc, deadline)
+                record = self._load(reference, descriptor, toc, diff_id, deadline)
                 memory.give_back()
             return record
         finally:
@@ -96,7 +101,12 @@ class Loader:
                 self._loading.pop(key, None)
 
     def _load(
-        self, reference: Reference, descriptor: Descriptor, toc: Digest, deadline: float
+        self,
+        reference: Reference,
+        descriptor: Descriptor,
+        toc: Digest,
+        diff_id: Digest | None,
+        deadline: float,
     ) -> LayerRecord:
         size = descriptor.size
         if size < FOOTER_BYTES:
@@ -113,20 +123,22 @@ class Loader:
         missing = size - len(end) - footer.toc_offset
         if missing > 0:
             end = self._read(reference, descriptor, footer.toc_offset, missing, deadline) + end
-        return self._index(descriptor, toc, end)
+        return self._index(descriptor, toc, diff_id, end)
 
     def rebuild(self, record: LayerRecord, references: Sequence[Reference]) -> None:
         """Make the index of a known layer anew: from what is stored, else from a registry.
 
         Raises StorageError if neither works.
         """
+        toc = record.toc_digest
+        assert toc is not None
         descriptor = Descriptor(
             media_type=media_types.OCI_LAYER_GZIP, digest=record.blob_digest, size=record.size
         )
         try:
             with (self.directory(record.slot) / "blob").open("rb") as blob:
                 blob.seek(record.toc_offset)
-                self._index(descriptor, record.toc_digest, blob.read())
+                self._index(descriptor, toc, record.diff_id, blob.read())
         except (OSError, LayerstoreError) as error:
             failure: Exception = error
         else:
@@ -134,7 +146,7 @@ class Loader:
         deadline = time.monotonic() + limits.RESOLVE_SECONDS
         for reference in references:
             try:
-                self._load(reference, descriptor, record.toc_digest, deadline)
+                self._load(reference, descriptor, toc, record.diff_id, deadline)
             except LayerstoreError as error:
                 failure = error
             else:
@@ -145,20 +157,33 @@ class Loader:
             advice="it is tried again at the next use",
         ) from failure
 
-    def _index(self, descriptor: Descriptor, toc: Digest, end: bytes) -> LayerRecord:
+    def _index(
+        self, descriptor: Descriptor, toc: Digest, diff_id: Digest | None, end: bytes
+    ) -> LayerRecord:
         """Verify and index the TOC in the last bytes of a blob."""
         footer = parse_footer(end[-FOOTER_BYTES:], descriptor.size)
         start = footer.toc_offset - (descriptor.size - len(end))
         document = read_toc(memoryview(end)[start : start + footer.toc_size])
         toc.verify(document, subject=f"TOC of layer {descriptor.digest}")
-        return self._keep(descriptor, toc, footer.toc_offset, document, end)
+        return self._keep(descriptor, toc, diff_id, footer.toc_offset, document, end)
+
+    def new_directory(self) -> Path:
+        """A fresh directory beside those of the layers; removed at the next start if left."""
+        fresh = self._root / f"new-{os.getpid()}-{threading.get_ident()}"
+        fresh.mkdir(mode=0o700)
+        return fresh
 
     def _keep(
-        self, descriptor: Descriptor, toc: Digest, toc_offset: int, document: bytes, end: bytes
+        self,
+        descriptor: Descriptor,
+        toc: Digest,
+        diff_id: Digest | None,
+        toc_offset: int,
+        document: bytes,
+        end: bytes,
     ) -> LayerRecord:
-        fresh = self._root / f"new-{os.getpid()}-{threading.get_ident()}"
         try:
-            fresh.mkdir(mode=0o700)
+            fresh = self.new_directory()
             try:
                 with (fresh / "index").open("wb") as out:
                     build_index(
@@ -167,7 +192,14 @@ class Loader:
                     out.flush()
                     os.fsync(out.fileno())
                 (fresh / "end").write_bytes(end)
-                record = self._state.add_layer(descriptor.digest, toc, descriptor.size, toc_offset)
+                record = self._state.add_layer(
+                    descriptor.digest,
+                    toc,
+                    diff_id,
+                    size=descriptor.size,
+                    toc_offset=toc_offset,
+                    form=Form.ESTARGZ,
+                )
                 target = self.directory(record.slot)
                 if target.exists():
                     os.replace(fresh / "end", target / "end")

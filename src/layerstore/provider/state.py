@@ -3,8 +3,9 @@
 * ``documents``: manifests, indexes and configs, byte for byte, by digest;
 * ``pins``: which documents a reference stood for, newest last: a tag moves, but a
   client goes on to use the layers of the image that it pulled;
-* ``layers``: one row a (blob digest, TOC digest) pair; its ``slot`` is part of
-  every node id and never given to another layer;
+* ``layers``: one row for each set of claims (blob digest, TOC digest, diff ID): who
+  published one lie must not harm those who tell the truth about the same blob.  Its
+  ``slot`` is part of every node id and never given to another layer;
 * ``views``: a layer under one name: reference, digest in the path, and the
   ``info`` that was shown, which never changes again;
 * ``uses``: how often clients said they use a view: a hint, see als-protocol.
@@ -22,11 +23,23 @@ import time
 from pathlib import Path
 
 from layerstore.errors import StorageError
+from layerstore.formats.announced import Form
 from layerstore.image import Digest
 from layerstore.provider import names
 from layerstore.provider.info import Dialect
 
-_VERSION = 1
+_VERSION = 2
+_LAYERS = """
+CREATE TABLE {name} (
+    slot INTEGER PRIMARY KEY AUTOINCREMENT,
+    blob_digest TEXT NOT NULL, toc_digest TEXT NOT NULL, diff_id TEXT NOT NULL,
+    size INTEGER NOT NULL, toc_offset INTEGER NOT NULL,
+    form TEXT NOT NULL, notes TEXT NOT NULL,
+    complete INTEGER NOT NULL DEFAULT 0, diff_size INTEGER NOT NULL DEFAULT -1,
+    quarantine TEXT NOT NULL DEFAULT '',
+    UNIQUE (blob_digest, toc_digest, diff_id)
+);
+"""
 _SCHEMA = """
 CREATE TABLE documents (
     digest TEXT PRIMARY KEY, media_type TEXT NOT NULL, body BLOB NOT NULL
@@ -35,13 +48,7 @@ CREATE TABLE pins (
     id INTEGER PRIMARY KEY, reference TEXT NOT NULL, digest TEXT NOT NULL,
     UNIQUE (reference, digest)
 );
-CREATE TABLE layers (
-    slot INTEGER PRIMARY KEY AUTOINCREMENT,
-    blob_digest TEXT NOT NULL, toc_digest TEXT NOT NULL,
-    size INTEGER NOT NULL, toc_offset INTEGER NOT NULL,
-    complete INTEGER NOT NULL DEFAULT 0,
-    UNIQUE (blob_digest, toc_digest)
-);
+{layers}
 CREATE TABLE views (
     key INTEGER PRIMARY KEY,
     reference TEXT NOT NULL, name TEXT NOT NULL, dialect TEXT NOT NULL,
@@ -50,7 +57,25 @@ CREATE TABLE views (
     UNIQUE (slot, number)
 );
 CREATE TABLE uses (key INTEGER PRIMARY KEY, count INTEGER NOT NULL);
-"""
+""".format(layers=_LAYERS.format(name="layers"))
+# Version 1 knew eStargz only, and a layer's diff ID only from the `info` that was shown.
+_FROM_1 = """
+BEGIN;
+{layers}
+INSERT INTO layers_2
+    (slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes, complete)
+    SELECT slot, blob_digest, toc_digest, coalesce((
+        SELECT coalesce(
+            json_extract(CAST(info AS TEXT), '$."diff-digest"'),
+            json_extract(CAST(info AS TEXT), '$.flags."expected-layer-diffid"'))
+        FROM views WHERE views.slot = layers.slot ORDER BY number LIMIT 1), ''),
+        size, toc_offset, 'estargz', '', complete
+    FROM layers;
+DROP TABLE layers;
+ALTER TABLE layers_2 RENAME TO layers;
+PRAGMA user_version = 2;
+COMMIT;
+""".format(layers=_LAYERS.format(name="layers_2"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,13 +89,29 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """A layer whose TOC was verified and indexed; sizes and offsets in bytes of the blob."""
+    """An indexed layer, as those claim who published it; sizes and offsets in bytes of the blob.
+
+    ``toc_digest`` is None for an ordinary layer, ``diff_id`` where no claim is known.  ``notes``
+    is a JSON object of those annotations of the descriptor that lead to the TOC.  ``diff_size``
+    is the exact length of the tar stream once all claims were ``verified`` over the whole blob,
+    else -1; ``quarantine`` says why one of them is false, else "".
+    """
 
     slot: int
     blob_digest: Digest
-    toc_digest: Digest
+    toc_digest: Digest | None
+    diff_id: Digest | None
     size: int
     toc_offset: int
+    form: Form
+    notes: str = ""
+    diff_size: int = -1
+    quarantine: str = ""
+
+    @property
+    def verified(self) -> bool:
+        """Whether blob digest, diff ID and the agreement of TOC and tar stream were checked."""
+        return self.diff_size >= 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,6 +153,8 @@ class State:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        elif version == 1:
+            self._db.executescript(_FROM_1)
         elif version != _VERSION:
             raise StorageError(
                 f"state database has version {version}, this program knows {_VERSION}",
@@ -122,11 +165,16 @@ class State:
     def _load(self) -> None:
         self._layers: dict[int, LayerRecord] = {}
         self._complete: set[int] = set()
-        self._slots: dict[tuple[Digest, Digest], int] = {}
-        for slot, blob, toc, size, toc_offset, complete in self._db.execute("SELECT * FROM layers"):
-            record = LayerRecord(slot, Digest(blob), Digest(toc), size, toc_offset)
-            self._layers[slot] = record
-            self._slots[record.blob_digest, record.toc_digest] = slot
+        self._slots: dict[tuple[str, str, str], int] = {}
+        for slot, blob, toc, diff_id, size, at, form, notes, complete, *facts in self._db.execute(
+            "SELECT slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes,"
+            " complete, diff_size, quarantine FROM layers"
+        ):
+            self._layers[slot] = LayerRecord(
+                slot, Digest(blob), Digest(toc) if toc else None,
+                Digest(diff_id) if diff_id else None, size, at, Form(form), notes, *facts,
+            )  # fmt: skip
+            self._slots[blob, toc, diff_id] = slot
             if complete:
                 self._complete.add(slot)
         self._views: dict[int, View] = {}
@@ -195,11 +243,20 @@ class State:
 
     # -- layers --------------------------------------------------------------------
 
-    def find_layer(self, blob_digest: Digest, toc_digest: Digest) -> LayerRecord | None:
-        """The record of a known layer."""
+    def find_layer(
+        self, blob_digest: Digest, toc_digest: Digest | None, diff_id: Digest | None
+    ) -> LayerRecord | None:
+        """The record of the layer of which just this is claimed."""
         with self._lock:
-            slot = self._slots.get((blob_digest, toc_digest))
+            slot = self._slots.get((blob_digest, toc_digest or "", diff_id or ""))
             return None if slot is None else self._layers[slot]
+
+    def layers_of_blob(self, blob_digest: Digest) -> tuple[LayerRecord, ...]:
+        """All layers that are claimed to be in this blob."""
+        with self._lock:
+            return tuple(
+                record for record in self._layers.values() if record.blob_digest == blob_digest
+            )
 
     def layer(self, slot: int) -> LayerRecord | None:
         """The record of a slot."""
@@ -211,28 +268,48 @@ class State:
             return tuple(self._layers.values())
 
     def add_layer(
-        self, blob_digest: Digest, toc_digest: Digest, size: int, toc_offset: int
+        self,
+        blob_digest: Digest,
+        toc_digest: Digest | None,
+        diff_id: Digest | None,
+        *,
+        size: int,
+        toc_offset: int,
+        form: Form,
+        notes: str = "",
     ) -> LayerRecord:
-        """A record for the layer, with a slot of its own."""
+        """A record for the layer, with a slot of its own; a known one is returned as it is."""
         with self._lock:
-            known = self.find_layer(blob_digest, toc_digest)
+            known = self.find_layer(blob_digest, toc_digest, diff_id)
             if known is not None:
                 return known
             cursor = self._write(
-                "INSERT INTO layers (blob_digest, toc_digest, size, toc_offset) VALUES (?, ?, ?, ?)",
-                blob_digest,
-                toc_digest,
-                size,
-                toc_offset,
-            )
+                "INSERT INTO layers (blob_digest, toc_digest, diff_id, size, toc_offset, form,"
+                " notes) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                blob_digest, toc_digest or "", diff_id or "", size, toc_offset, form.value, notes,
+            )  # fmt: skip
             slot = cursor.lastrowid or 0
             if slot >= names.SLOTS:
                 self._write("DELETE FROM layers WHERE slot = ?", slot)
                 raise StorageError("no layer slot is free any more", subject=str(self._path))
-            record = LayerRecord(slot, blob_digest, toc_digest, size, toc_offset)
+            record = LayerRecord(
+                slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes
+            )
             self._layers[slot] = record
-            self._slots[blob_digest, toc_digest] = slot
+            self._slots[blob_digest, toc_digest or "", diff_id or ""] = slot
             return record
+
+    def set_verified(self, slot: int, diff_size: int) -> None:
+        """Everything that is claimed of the layer is true; its tar stream has this length."""
+        with self._lock:
+            self._write("UPDATE layers SET diff_size = ? WHERE slot = ?", diff_size, slot)
+            self._layers[slot] = dataclasses.replace(self._layers[slot], diff_size=diff_size)
+
+    def quarantine(self, slot: int, why: str) -> None:
+        """Something that is claimed of the layer is false: it is never shown again."""
+        with self._lock:
+            self._write("UPDATE layers SET quarantine = ? WHERE slot = ?", why, slot)
+            self._layers[slot] = dataclasses.replace(self._layers[slot], quarantine=why)
 
     def is_complete(self, slot: int) -> bool:
         """Whether the whole blob was stored and its digest checked."""

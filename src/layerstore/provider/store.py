@@ -7,6 +7,7 @@ workers and answered through a callback, with a `View` or with a `Refusal`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from layerstore import limits
 from layerstore.content import ObjectStore, Scheduler
 from layerstore.errors import LayerstoreError, NetworkError, StorageError
-from layerstore.image import Descriptor, Digest, uncompressed_size
+from layerstore.image import Digest, uncompressed_size
 from layerstore.provider import names
 from layerstore.provider.images import Images, Match
 from layerstore.provider.info import Dialect, layer_info, toc_info
@@ -205,14 +206,14 @@ class Store:
         if match.repeated:
             # its one path would stand for several lower directories: overlayfs refuses (ELOOP)
             raise Refusal(REPEATED, "the image has this layer more than once", subject=reference)
-        self._load_others(match, deadline)
         diff_id = self._images.diff_id(match, deadline)
-        record = self._loader.load(match.reference, match.descriptor, deadline)
+        self._load_others(match, deadline)
+        record = self._loader.load(match.reference, match.descriptor, diff_id, deadline)
         self.layers.add_reference(record.slot, match.reference)
         self.layers.open(record.slot)
         if match.dialect is Dialect.TOC:
             info = toc_info(
-                toc_digest=record.toc_digest, diff_id=diff_id, compressed_size=record.size
+                toc_digest=record.toc_digest or name, diff_id=diff_id, compressed_size=record.size
             )
         else:
             diff_size = uncompressed_size(match.descriptor.annotations)
@@ -240,18 +241,19 @@ class Store:
             if number == match.number:
                 continue
             try:
-                toc = announced_toc(descriptor)
+                announced_toc(descriptor)
             except LayerstoreError:
                 continue
-            if self._state.find_layer(descriptor.digest, toc) is None:
-                self._loaders.submit(partial(self._load_ahead, match, descriptor, deadline))
+            other = dataclasses.replace(match, number=number)
+            self._loaders.submit(partial(self._load_ahead, other, deadline))
 
-    def _load_ahead(self, match: Match, descriptor: Descriptor, deadline: float) -> None:
+    def _load_ahead(self, match: Match, deadline: float) -> None:
         try:
-            self._loader.load(match.reference, descriptor, deadline)
+            diff_id = self._images.diff_id(match, deadline)
+            self._loader.load(match.reference, match.descriptor, diff_id, deadline)
         except LayerstoreError as error:
             # its own lookup, if one comes, tries again and gives the reason
-            _log.debug("TOC of %s was not loaded ahead: %s", descriptor.digest, error)
+            _log.debug("TOC of %s was not loaded ahead: %s", match.descriptor.digest, error)
 
     def _count(self, result: str) -> None:
         with self._lock:

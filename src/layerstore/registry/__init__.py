@@ -3,7 +3,13 @@
 from layerstore.registry.body import BlobReader
 from layerstore.registry.client import FetchedManifest, RegistryClient
 from layerstore.registry.credentials import AuthFile, Credential, CredentialSource, CredentialStore
-from layerstore.registry.registriesconf import Endpoint, Mirror, RegistriesConf, Registry
+from layerstore.registry.registriesconf import (
+    Endpoint,
+    Mirror,
+    RegistriesConf,
+    Registry,
+    match_prefix,
+)
 from layerstore.registry.settings import RegistrySettings
 from layerstore.registry.stats import Stats
 
@@ -21,4 +27,5 @@ __all__ = [
     "RegistryClient",
     "RegistrySettings",
     "Stats",
+    "match_prefix",
 ]

@@ -110,7 +110,9 @@ class RegistriesConf:
     def find(self, reference: Reference) -> Registry | None:
         """The table for a reference: the one with the longest matching prefix."""
         text = str(reference)
-        matching = [entry for entry in self.registries if _match(entry.prefix, text) is not None]
+        matching = [
+            entry for entry in self.registries if match_prefix(entry.prefix, text) is not None
+        ]
         return max(matching, key=lambda entry: len(entry.prefix), default=None)
 
     def endpoints(
@@ -128,7 +130,7 @@ class RegistriesConf:
             return (Endpoint(reference.domain, reference.path),)
         by_digest = reference.digest is not None if digested is None else digested
         text = str(reference)
-        consumed = _match(entry.prefix, text) or 0
+        consumed = match_prefix(entry.prefix, text) or 0
         rest = text[consumed:]
         places = [
             self._endpoint(mirror.location + rest, mirror.insecure, mirror=True)
@@ -177,7 +179,7 @@ def _applies(entry: Registry, mirror: Mirror, *, digested: bool) -> bool:
     return True
 
 
-def _match(prefix: str, text: str) -> int | None:
+def match_prefix(prefix: str, text: str) -> int | None:
     """How many characters of ``text`` the prefix covers, None if it does not match."""
     if prefix.startswith("*."):
         host = text.partition("/")[0]

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerstore.image import Reference
+from layerstore.provider.policy import DiskRoom, Ordinary, Policy, used_bytes
+
+
+def test_the_longest_prefix_decides():
+    policy = Policy(
+        ordinary=Ordinary.KNOWN,
+        ordinary_by_prefix={
+            "host.example": Ordinary.OFF,
+            "host.example/team": Ordinary.AUTO,
+            "host.example/team/app": Ordinary.EAGER,
+            "*.wild.example": Ordinary.EAGER,
+        },
+    )
+    expected = {
+        "host.example/other:1": Ordinary.OFF,
+        "host.example/team/web:1": Ordinary.AUTO,
+        "host.example/team/app:1": Ordinary.EAGER,
+        "host.example/team/app/inner:1": Ordinary.EAGER,
+        "host.example/teamwork/app:1": Ordinary.OFF,
+        "host.example.org/team/app:1": Ordinary.KNOWN,
+        "a.wild.example/x:1": Ordinary.EAGER,
+        "docker.io/library/x:1": Ordinary.KNOWN,
+    }
+    for text, wanted in expected.items():
+        assert policy.ordinary_for(Reference.parse(text)) is wanted, text
+
+
+def test_room_is_bounded_by_limit_and_by_what_stays_free(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(bytes(100_000))
+    used = used_bytes(tmp_path)
+    assert 100_000 <= used < 200_000
+    assert DiskRoom(limit=used + 10, keep_free=0.0).allows(tmp_path, 10)
+    assert not DiskRoom(limit=used + 10, keep_free=0.0).allows(tmp_path, 11)
+    assert DiskRoom(keep_free=0.0).allows(tmp_path, 1)
+    assert not DiskRoom(keep_free=1.0).allows(tmp_path, 1)
