@@ -60,8 +60,6 @@ CREATE TABLE uses (key INTEGER PRIMARY KEY, count INTEGER NOT NULL);
 """.format(layers=_LAYERS.format(name="layers"))
 # Version 1 knew eStargz only, and a layer's diff ID only from the `info` that was shown.
 _FROM_1 = """
-BEGIN;
-{layers}
 INSERT INTO layers_2
     (slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes, complete)
     SELECT slot, blob_digest, toc_digest, coalesce((
@@ -74,8 +72,7 @@ INSERT INTO layers_2
 DROP TABLE layers;
 ALTER TABLE layers_2 RENAME TO layers;
 PRAGMA user_version = 2;
-COMMIT;
-""".format(layers=_LAYERS.format(name="layers_2"))
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,7 +151,8 @@ class State:
         if version == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         elif version == 1:
-            self._db.executescript(_FROM_1)
+            created = _LAYERS.format(name="layers_2")
+            self._db.executescript(f"BEGIN; {created} {_FROM_1} COMMIT;")
         elif version != _VERSION:
             raise StorageError(
                 f"state database has version {version}, this program knows {_VERSION}",
