@@ -16,7 +16,7 @@ from layerstore.formats import tarstream
 from layerstore.formats.tarstream import TarEntry
 from layerstore.formats.toc import TocEntry
 
-_TYPES: Final = {
+ENTRY_TYPES: Final = {
     tarstream.REGULAR: "reg",
     tarstream.HARD_LINK: "hardlink",
     tarstream.SYMLINK: "symlink",
@@ -63,7 +63,7 @@ def toc_entry(entry: TarEntry, names: EntryNames) -> TocEntry:
     return TocEntry(
         name=name,
         name_raw=name_raw,
-        type=_TYPES[entry.type],
+        type=ENTRY_TYPES[entry.type],
         size=entry.size,
         modtime=rfc3339(entry.mtime_ns),
         link_name=link_name,
@@ -75,7 +75,7 @@ def toc_entry(entry: TarEntry, names: EntryNames) -> TocEntry:
         group_name=names.group(entry.gid, entry.group_name),
         dev_major=entry.dev_major,
         dev_minor=entry.dev_minor,
-        xattrs=_xattrs(entry.xattrs) if entry.xattrs else None,
+        xattrs=toc_xattrs(entry.xattrs) if entry.xattrs else None,
     )
 
 
@@ -108,7 +108,8 @@ def _news(known: dict[int, str], number: int, name: bytes) -> str:
     return text
 
 
-def _xattrs(attributes: dict[bytes, bytes]) -> dict[str, str]:
+def toc_xattrs(attributes: dict[bytes, bytes]) -> dict[str, str]:
+    """Return extended attributes as a TOC holds them; ``UnsupportedFormat`` where it cannot."""
     try:
         return {
             name.decode(): b64encode(value).decode() for name, value in sorted(attributes.items())
