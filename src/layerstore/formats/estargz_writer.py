@@ -10,6 +10,10 @@ docs/estargz.md)::
 With ``min_chunk_size`` several small payloads share a member and the TOC says where in
 the member each begins (``innerOffset``).
 
+With ``write_estargz_external`` the tar stream stays what it is, bit by bit, and with it the
+diff ID: entries keep their order, no landmark and no TOC is put in.  The TOC is a blob of its
+own, which is kept in another image; the footer of the layer says so.
+
 The same input and options give the same bytes, whatever the number of threads: where a
 member ends never depends on how it was compressed.  (ISA-L, levels 1 to 3, may compress
 differently on processors with other vector units.)
@@ -30,16 +34,16 @@ import msgspec
 from isal import igzip_lib
 
 from layerstore import limits
-from layerstore.errors import LimitExceeded, UsageError
+from layerstore.errors import InvalidLayer, LimitExceeded, UsageError
 from layerstore.formats.estargz import (
     LANDMARK_CONTENT,
     NO_PREFETCH_LANDMARK,
     PREFETCH_LANDMARK,
     TOC_NAME,
 )
-from layerstore.formats.footer import build_footer
+from layerstore.formats.footer import EXTERNAL_FOOTER, build_footer
 from layerstore.formats.gzipmember import GZIP_WBITS
-from layerstore.formats.layerorder import Item, Order, order_entries
+from layerstore.formats.layerorder import LANDMARKS, Item, Order, clean_path, order_entries
 from layerstore.formats.tarstream import BLOCK, TarEntry, TarReader
 from layerstore.formats.toc import TocEntry
 from layerstore.formats.tocentry import EntryNames, toc_entry
@@ -97,7 +101,7 @@ class EstargzResult:
     uncompressed_size: int
     toc_digest: Digest
     annotations: dict[str, str]
-    prioritized: tuple[str, ...]
+    prioritized: tuple[str, ...] = ()
 
 
 def write_estargz(
@@ -130,6 +134,65 @@ def write_estargz(
             raise
 
 
+def write_estargz_external(
+    tar: BinaryIO,
+    out: BinaryIO,
+    options: EstargzOptions | None = None,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> tuple[EstargzResult, bytes]:
+    """As ``write_estargz``, but lossless; also return the blob that holds the TOC.
+
+    That is a tar archive, in gzip, of the TOC alone.  An entry with the name of a TOC stays in
+    the stream and is not told.  Raises ``UsageError`` for files to be placed early.
+    """
+    options = options or EstargzOptions()
+    if options.prioritize:
+        raise UsageError("a layer whose tar stream stays what it is has no files placed first")
+    with ThreadPoolExecutor(max(1, threads), "estargz") as pool:
+        blob = _Blob(out, options, pool, max(1, threads) + 2, progress or (lambda _: None))
+        try:
+            _write_as_they_come(tar, options, blob)
+            return blob.finish_external()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _write_as_they_come(tar: BinaryIO, options: EstargzOptions, blob: _Blob) -> None:
+    names = EntryNames()
+    offset = 0
+    entries = 0
+    while True:
+        tar.seek(offset)
+        reader = TarReader(tar, offset=offset)
+        entry = reader.next()
+        if entry is None:
+            break
+        entries += 1
+        if entries > limits.TOC_ENTRIES:
+            raise LimitExceeded(f"the layer has more than {limits.TOC_ENTRIES} entries")
+        blob.headers(entry.headers)
+        path = clean_path(entry.name)
+        if path == TOC_NAME.encode():
+            while data := reader.read(_READ_BYTES):
+                blob.headers(data)
+        else:
+            own = path in LANDMARKS
+            _write_payload(tar, reader, entry, options, toc_entry(entry, names), blob, own=own)
+        offset = entry.payload_offset + entry.size
+        tar.seek(offset)
+        padding = tar.read(entry.padding)
+        if len(padding) != entry.padding:
+            raise InvalidLayer("the tar archive is truncated")
+        blob.headers(padding)
+        offset += entry.padding
+    tar.seek(offset)
+    while data := tar.read(_HEADER_RUN_BYTES):
+        blob.headers(data)
+
+
 def _write_entries(tar: BinaryIO, order: Order, options: EstargzOptions, blob: _Blob) -> None:
     names = EntryNames()
     if not order.prioritized:
@@ -156,23 +219,34 @@ def _write_entry(
     entry = reader.next()
     assert entry is not None, "the input changed while it was read"
     blob.headers(entry.headers)
-    toc = toc_entry(entry, names)
+    _write_payload(tar, reader, entry, options, toc_entry(entry, names), blob)
+    blob.headers(bytes(entry.padding))
+
+
+def _write_payload(
+    tar: BinaryIO,
+    reader: TarReader,
+    entry: TarEntry,
+    options: EstargzOptions,
+    toc: TocEntry,
+    blob: _Blob,
+    *,
+    own: bool = False,
+) -> None:
     if toc.type != "reg":
         blob.entry(toc)
-        return
-    if entry.size <= options.chunk_size:
+    elif entry.size <= options.chunk_size:
         data = _read_exactly(reader, entry.size)
         toc.digest = _sha256(data)
         if not data:
             blob.entry(toc)
             return
         toc.chunk_digest = toc.digest
-        blob.payload(toc, data)
+        blob.payload(toc, data, own_member=own)
     else:
         toc.digest = _file_digest(reader)
         tar.seek(entry.payload_offset)
         _write_chunks(tar, entry, options.chunk_size, toc, blob)
-    blob.headers(bytes(entry.padding))
 
 
 def _write_chunks(
@@ -292,21 +366,32 @@ class _Blob:
 
     def finish(self, prioritized: tuple[str, ...]) -> EstargzResult:
         """Write what is open, the TOC and the footer."""
+        toc = self._finish_entries()
+        toc_offset = self._offset
+        self._append(_toc_archive(toc))
+        self._close_member()
+        self._hand_over()
+        self._collect()
+        self._write(build_footer(toc_offset))
+        return self._result(Digest.of(toc), prioritized)
+
+    def finish_external(self) -> tuple[EstargzResult, bytes]:
+        """Write what is open and the footer; return the blob of the TOC, too."""
+        toc = self._finish_entries()
+        self._write(EXTERNAL_FOOTER)
+        packed = compress_member(_toc_archive(toc), self._options.level)
+        return self._result(Digest.of(toc), ()), packed
+
+    def _finish_entries(self) -> bytes:
+        """Write what is open; return the TOC."""
         self._close_member()
         self._hand_over()
         while self._waiting:
             self._collect()
         self._toc.write(b"\n]}\n" if self._toc_entries else b"]}\n")
-        toc = self._toc.getvalue()
-        toc_offset = self._offset
-        self._append(plain_header(TOC_NAME, len(toc)))
-        self._append(toc)
-        self._append(bytes(-len(toc) % BLOCK + 2 * BLOCK))
-        self._close_member()
-        self._hand_over()
-        self._collect()
-        self._write(build_footer(toc_offset))
-        toc_digest = Digest.of(toc)
+        return self._toc.getvalue()
+
+    def _result(self, toc_digest: Digest, prioritized: tuple[str, ...]) -> EstargzResult:
         return EstargzResult(
             digest=Digest(f"sha256:{self._digest.hexdigest()}"),
             size=self._offset,
@@ -370,6 +455,10 @@ class _Blob:
         self._out.write(data)
         self._digest.update(data)
         self._offset += len(data)
+
+
+def _toc_archive(toc: bytes) -> bytes:
+    return plain_header(TOC_NAME, len(toc)) + toc + bytes(-len(toc) % BLOCK + 2 * BLOCK)
 
 
 def _compress_all(members: list[bytes], level: int) -> list[bytes]:

@@ -19,9 +19,8 @@ from layerstore.formats.compression import Readable
 from layerstore.formats.estargz import NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME
 from layerstore.formats.tarstream import DIRECTORY, HARD_LINK, TarEntry, TarReader
 
-_OWN_NAMES: Final = frozenset(
-    name.encode() for name in (TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK)
-)
+LANDMARKS: Final = frozenset(name.encode() for name in (PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK))
+_OWN_NAMES: Final = LANDMARKS | {TOC_NAME.encode()}
 _NEW, _OPEN, _PLACED = range(3)
 
 

@@ -21,12 +21,15 @@ from layerstore.formats import (
     EstargzResult,
     TarReader,
     TocEntry,
+    build_footer,
     decompress_member,
     iter_toc,
     parse_footer,
     read_toc,
     write_estargz,
+    write_estargz_external,
 )
+from layerstore.formats.footer import EXTERNAL_FOOTER
 
 BIG = os.urandom(200_000) + bytes(300_000)
 LAYER = (
@@ -305,3 +308,76 @@ def test_any_files_come_back(
     options = EstargzOptions(1, 1000, minimum, tuple(prioritize))
     found = files(write(layer, options)[1])
     assert {name.encode(): content for name, content in found.items() if len(name) == 1} == contents
+
+
+# -- the TOC in a blob of its own --------------------------------------------------------
+
+
+def write_external(
+    tar: bytes, options: EstargzOptions | None = None, threads: int = 1
+) -> tuple[EstargzResult, bytes, bytes]:
+    out = io.BytesIO()
+    result, toc_blob = write_estargz_external(io.BytesIO(tar), out, options, threads=threads)
+    return result, out.getvalue(), toc_blob
+
+
+EXTERNAL_OPTIONS = [options for options in OPTIONS if not options.prioritize]
+
+
+@pytest.mark.parametrize("options", EXTERNAL_OPTIONS)
+def test_with_an_external_toc_the_tar_stream_is_what_it_was(options: EstargzOptions) -> None:
+    tar = bytearray(pack(*LAYER).getvalue() + bytes(3000))
+    first_padding = tar.index(b"z" * 100) + 100
+    tar[first_padding : first_padding + 4] = b"junk"
+    result, blob, toc_blob = write_external(bytes(tar), options)
+    assert gzip.decompress(blob) == tar
+    assert result.diff_id == f"sha256:{hashlib.sha256(tar).hexdigest()}"
+    assert result.digest == f"sha256:{hashlib.sha256(blob).hexdigest()}"
+    assert (result.size, result.uncompressed_size) == (len(blob), len(tar))
+    assert blob.endswith(EXTERNAL_FOOTER)
+    assert parse_footer(blob[-FOOTER_BYTES:], len(blob)).external
+    toc_json = read_toc(toc_blob)
+    assert result.annotations == {
+        "containerd.io/snapshot/stargz/toc.digest": (
+            f"sha256:{hashlib.sha256(toc_json).hexdigest()}"
+        ),
+        "io.containers.estargz.uncompressed-size": str(len(tar)),
+    }
+    with tarfile.open(fileobj=io.BytesIO(toc_blob)) as archive:
+        assert archive.getnames() == ["stargz.index.json"]
+    # as if the TOC were in the blob, the chunks are found in it
+    whole = blob[:-46] + toc_blob
+    found = files(whole + build_footer(len(blob) - 46))
+    for member in LAYER:
+        if member.kind == tars.REGULAR:
+            assert found[member.name.decode("utf-8", "replace")] == member.content
+    assert len([entry for entry in iter_toc(toc_json) if entry.type != "chunk"]) == len(LAYER)
+
+
+def test_an_external_toc_is_the_same_for_any_number_of_threads() -> None:
+    members = [*LAYER, *(tars.regular(b"more%d" % n, BIG[n : n + 50_000]) for n in range(60))]
+    tar = pack(*members).getvalue()
+    assert len({write_external(tar, None, threads)[1:] for threads in (1, 2, 5)}) == 1
+
+
+def test_an_estargz_blob_gets_an_external_toc_without_change() -> None:
+    _, before = write(pack(*LAYER), EstargzOptions(prioritize=("last",)))
+    tar = gzip.decompress(before)
+    options = EstargzOptions(min_chunk_size=1 << 20)
+    _, blob, toc_blob = write_external(tar, options)
+    assert gzip.decompress(blob) == tar
+    entries = list(iter_toc(read_toc(toc_blob)))
+    assert "stargz.index.json" not in [entry.name for entry in entries]
+    (landmark,) = [entry for entry in entries if entry.name == ".prefetch.landmark"]
+    assert landmark.inner_offset == 0
+
+
+def test_an_external_toc_does_not_go_with_another_order() -> None:
+    with pytest.raises(UsageError):
+        write_external(b"", EstargzOptions(prioritize=("last",)))
+
+
+@pytest.mark.parametrize("end", [100, 700, 200_000])
+def test_broken_input_gets_no_external_toc(end: int) -> None:
+    with pytest.raises(InvalidLayer):
+        write_external(pack(*LAYER).getvalue()[:end])
