@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -14,10 +14,10 @@ from layerstore.copy.convert import ConvertOptions, ConvertResult
 from layerstore.copy.convert import Progress as Listener
 from layerstore.copy.convert import convert as convert_image
 from layerstore.copy.convertlayer import LayerProgress
+from layerstore.copy.layerform import Estargz, ExternalToc, LayerForm, ZstdChunked
 from layerstore.copy.progress import PullItem, PullListener, listener
-from layerstore.errors import ConfigError
-from layerstore.formats import EstargzOptions
-from layerstore.formats.estargz_writer import DEFAULT_CHUNK_BYTES, DEFAULT_LEVEL
+from layerstore.errors import ConfigError, UsageError
+from layerstore.formats import EstargzOptions, ZstdChunkedOptions
 from layerstore.image import Platform
 from layerstore.registry import RegistrySettings
 
@@ -29,12 +29,33 @@ def convert(
     dst: str,
     /,
     *,
+    form: Annotated[
+        Literal["estargz", "zstd:chunked"],
+        Parameter(name="--format", help="zstd:chunked leaves config and diff IDs as they are."),
+    ] = "estargz",
+    external_toc: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="eStargz with diff IDs as they are: tables of contents go to an image of their"
+            " own, DST with -esgztoc behind its tag.",
+        ),
+    ] = False,
     level: Annotated[
-        int, Parameter(help="Compression: 1 to 3 are fast, 4 to 9 small.")
-    ] = DEFAULT_LEVEL,
+        int | None,
+        Parameter(
+            help="Compression: for eStargz 1 (fast) to 9 (small), usually 5;"
+            " for zstd:chunked 1 to 19, usually 6."
+        ),
+    ] = None,
     chunk_size: Annotated[
-        int, Parameter(help="Bytes of one chunk of a large file.")
-    ] = DEFAULT_CHUNK_BYTES,
+        int | None,
+        Parameter(
+            help="Bytes of one chunk of a large file: for eStargz exactly, usually 4 MiB;"
+            " for zstd:chunked on average, usually 64 KiB."
+        ),
+    ] = None,
     min_chunk_size: Annotated[
         int,
         Parameter(help="Let small files share a gzip member of about so many bytes; 0: never."),
@@ -56,7 +77,8 @@ def convert(
         bool | None, Parameter(help="Demand valid TLS certificates, or allow plain HTTP.")
     ] = None,
     force: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Rebuild eStargz layers too.")
+        bool,
+        Parameter(negative="", show_default=False, help="Rebuild layers that have the form, too."),
     ] = False,
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print one JSON object.")
@@ -65,13 +87,13 @@ def convert(
         bool, Parameter(negative="", show_default=False, help="Show no progress.")
     ] = False,
 ) -> None:
-    """Convert the image SRC to eStargz, so that it can be read lazily, and store it as DST.
+    """Convert the image SRC, so that it can be read lazily, and store it as DST.
 
     SRC and DST are docker://REFERENCE or oci:DIRECTORY[:TAG].
     """
     settings = RegistrySettings.from_system(auth_file=authfile, tls_verify=tls_verify)
     options = ConvertOptions(
-        estargz=EstargzOptions(level, chunk_size, min_chunk_size, _paths(prioritize or [])),
+        form=_form(form, external_toc, level, chunk_size, min_chunk_size, _paths(prioritize or [])),
         platforms=tuple(Platform.parse(text) for text in platform or []),
         force=force,
         source_settings=settings,
@@ -85,6 +107,26 @@ def convert(
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(_report(result))) + b"\n")
     else:
         _print(result, dst)
+
+
+def _form(
+    name: str,
+    external_toc: bool,
+    level: int | None,
+    chunk_size: int | None,
+    min_chunk_size: int,
+    prioritize: tuple[str, ...],
+) -> LayerForm:
+    given = {"level": level, "chunk_size": chunk_size}
+    numbers = {key: value for key, value in given.items() if value is not None}
+    if name == "zstd:chunked":
+        if external_toc or min_chunk_size or prioritize:
+            raise UsageError(
+                "--external-toc, --min-chunk-size and --prioritize are for eStargz only"
+            )
+        return ZstdChunked(ZstdChunkedOptions(**numbers))
+    options = EstargzOptions(**numbers, min_chunk_size=min_chunk_size, prioritize=prioritize)
+    return ExternalToc(options) if external_toc else Estargz(options)
 
 
 def _paths(given: list[str]) -> tuple[str, ...]:
@@ -144,7 +186,13 @@ def _report(result: ConvertResult) -> dict[str, Any]:
             for image in result.images
         ],
         "notFound": list(result.not_found),
-    }
+    } | _toc_image(result)
+
+
+def _toc_image(result: ConvertResult) -> dict[str, Any]:
+    if result.toc_image is None:
+        return {}
+    return {"tocImage": result.toc_image, "tocImageDigest": str(result.toc_image_digest)}
 
 
 def _print(result: ConvertResult, dst: str) -> None:
@@ -156,4 +204,6 @@ def _print(result: ConvertResult, dst: str) -> None:
             f"{image.platform}: {image.digest}, {len(image.layers)} layers ({kept} kept),"
             f" {decimal(before)} -> {decimal(after)}"
         )
+    if result.toc_image is not None:
+        print(f"{result.toc_image}@{result.toc_image_digest}")
     print(f"{dst}@{result.digest}")

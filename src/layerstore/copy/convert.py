@@ -1,12 +1,12 @@
-"""Convert an image, for one or all of its platforms, to eStargz.
+"""Convert an image, for one or all of its platforms, to a form that can be read lazily.
 
-Every layer gets a new blob and a new diff ID, so configs, manifests and the index are
-rewritten from the layers upwards; all that layerstore does not know in them is kept.
+Every layer gets a new blob, with eStargz a new diff ID, too, so configs, manifests and the
+index are rewritten from the layers upwards; all that layerstore does not know in them is kept.
 The result is OCI, because descriptors of Docker manifests carry no annotations, and the
 annotations are what makes a layer readable lazily.
 
-Converting twice gives the same image: a layer that is eStargz already is kept as it is,
-unless the options ask for something else, and the writer is deterministic.
+Converting twice gives the same image: a layer that has the form already is kept as it is,
+unless the options ask for something else, and the writers are deterministic.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from typing import Any, Final
 from layerstore import limits
 from layerstore.copy.context import CopyContext
 from layerstore.copy.convertlayer import ConvertedLayer, LayerConverter, LayerProgress
+from layerstore.copy.layerform import Estargz, LayerForm
 from layerstore.copy.manifestedit import IMAGE_CONFIGS, encode
 from layerstore.copy.names import open_destination, open_source
+from layerstore.copy.tocimage import TocImage, toc_image_name
 from layerstore.copy.transport import ImageDestination, ImageSource
 from layerstore.errors import InvalidManifest, NotFound, UnsupportedFormat, UsageError
-from layerstore.formats import EstargzOptions
 from layerstore.image import (
     Descriptor,
     Digest,
@@ -52,12 +53,12 @@ class ConvertOptions:
 
     ``platforms`` names those to convert, the others are left out; empty means all, and
     then entries that are no images are copied untouched.  ``force`` rebuilds layers that
-    are eStargz already; so does any option of ``estargz`` that is not the default.
+    have the ``form`` already; so does any option of it that is not the default.
     ``jobs`` layers are under way at once, each with ``threads`` compressing.  Temporary
     files go to ``scratch``: for each layer under way its tar stream and its new blob.
     """
 
-    estargz: EstargzOptions = field(default_factory=EstargzOptions)
+    form: LayerForm = field(default_factory=Estargz)
     platforms: tuple[Platform, ...] = ()
     force: bool = False
     jobs: int = 2
@@ -81,7 +82,8 @@ class ConvertedImage:
 class ConvertResult:
     """The manifest or index that the destination's name now stands for.
 
-    ``not_found`` are the files asked for early that no layer holds.
+    ``not_found`` are the files asked for early that no layer holds.  ``toc_image`` names the
+    image that holds the TOCs, if that is another one, and ``toc_image_digest`` its manifest.
     """
 
     source: Digest
@@ -89,6 +91,8 @@ class ConvertResult:
     media_type: str
     images: tuple[ConvertedImage, ...]
     not_found: tuple[str, ...]
+    toc_image: str | None = None
+    toc_image_digest: Digest | None = None
 
 
 def convert(
@@ -97,7 +101,7 @@ def convert(
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Convert the image ``src`` to eStargz and store it as ``dst``.
+    """Convert the image ``src`` to the form asked for and store it as ``dst``.
 
     Both have a transport (see ``names``), and may be the same.
     ``progress`` is called from several threads, one call at a time.
@@ -116,8 +120,12 @@ def convert(
         if there.digest is not None:
             raise UsageError("a destination is named by a tag, not by a digest", subject=dst)
         if media_types.OCI_MANIFEST not in there.manifest_types:
-            raise UsageError("only places that take OCI images can hold eStargz", subject=dst)
-        result = convert_image(source, there, options, progress)
+            raise UsageError("only places that take OCI images can hold lazy layers", subject=dst)
+        if not options.form.external:
+            result = convert_image(source, there, options, progress)
+        else:
+            with closing(TocImage(toc_image_name(dst), ctx)) as toc_image:
+                result = convert_image(source, there, options, progress, toc_image)
         there.commit()
     return result
 
@@ -127,8 +135,12 @@ def convert_image(
     destination: ImageDestination,
     options: ConvertOptions,
     progress: Progress | None = None,
+    toc_image: TocImage | None = None,
 ) -> ConvertResult:
-    """Do what ``convert`` does between transports that are open already."""
+    """Do what ``convert`` does between transports that are open already.
+
+    ``toc_image`` is needed for a form that keeps TOCs apart.
+    """
     lock = threading.Lock()
 
     def tell(event: LayerProgress) -> None:
@@ -139,14 +151,15 @@ def convert_image(
     layers = LayerConverter(
         source,
         destination,
-        options.estargz,
-        rebuild=options.force or options.estargz != EstargzOptions(),
+        options.form,
+        rebuild=options.force or not options.form.default,
         threads=options.threads,
         scratch=options.scratch,
         progress=tell,
+        toc_image=toc_image,
     )
     with ThreadPoolExecutor(max(1, options.jobs), "convert") as pool:
-        work = _Conversion(source, destination, options, layers, pool)
+        work = _Conversion(source, destination, options, layers, pool, toc_image)
         try:
             return work.run()
         except BaseException:
@@ -174,12 +187,15 @@ class _Conversion:
         options: ConvertOptions,
         layers: LayerConverter,
         pool: ThreadPoolExecutor,
+        toc_image: TocImage | None,
     ) -> None:
         self._source = source
         self._destination = destination
         self._options = options
         self._layers = layers
         self._pool = pool
+        self._toc_image = toc_image
+        self._toc_image_digest: Digest | None = None
         self._under_way: dict[tuple[Digest, Digest], Future[ConvertedLayer]] = {}
         self._images: list[ConvertedImage] = []
 
@@ -188,6 +204,7 @@ class _Conversion:
         document = parse_manifest(top.raw, top.media_type)
         if isinstance(document, Index):
             raw, media_type = self._index(top.raw, document)
+            self._put_tocs()
             self._destination.put_manifest(raw, media_type, top=True)
         else:
             plan = self._plan(top, document)
@@ -202,7 +219,20 @@ class _Conversion:
             digest=Digest.of(raw),
             media_type=media_type,
             images=tuple(self._images),
-            not_found=tuple(path for path in self._options.estargz.prioritize if path not in found),
+            not_found=tuple(path for path in self._options.form.prioritize if path not in found),
+            toc_image=None if self._toc_image is None else str(self._toc_image.name),
+            toc_image_digest=self._toc_image_digest,
+        )
+
+    def _put_tocs(self) -> None:
+        """Store the image of the TOCs; before the image whose layers are to be read by them."""
+        if self._toc_image is None:
+            return
+        layers = (future.result() for future in self._under_way.values())
+        self._toc_image_digest = self._toc_image.finish(
+            (layer.digest, *layer.external_toc)
+            for layer in layers
+            if layer.external_toc is not None
         )
 
     def _index(self, raw: bytes, index: Index) -> tuple[bytes, str]:
@@ -292,6 +322,8 @@ class _Conversion:
         if not self._destination.has_blob(config_digest, len(config)):
             self._destination.put_blob(config_digest, lambda: (config,), len(config))
         raw = _manifest(plan.fetched.raw, config_digest, len(config), layers)
+        if top:
+            self._put_tocs()
         self._destination.put_manifest(raw, media_types.OCI_MANIFEST, top=top)
         self._images.append(
             ConvertedImage(plan.platform, plan.fetched.digest, Digest.of(raw), layers)

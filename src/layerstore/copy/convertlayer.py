@@ -1,8 +1,8 @@
-"""One layer on its way from source to destination, rebuilt as eStargz or kept.
+"""One layer on its way from source to destination, written in another form or kept.
 
 The layer is fetched once: its blob digest and the diff ID that the config states are
-checked while the tar stream is written to a temporary file, from which the eStargz
-blob is built.
+checked while the tar stream is written to a temporary file, from which the new blob
+is built.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from layerstore.copy.layerform import LayerForm
 from layerstore.copy.manifestedit import Family, layer_kind, layer_type, stale
 from layerstore.copy.recompress import blob_pieces
+from layerstore.copy.tocimage import TocImage
 from layerstore.copy.transport import (
     PIECE_BYTES,
     HashedStream,
@@ -31,17 +33,10 @@ from layerstore.errors import (
     UnsupportedFormat,
     VerificationError,
 )
-from layerstore.formats import (
-    FOOTER_BYTES,
-    EstargzOptions,
-    LayerStream,
-    parse_footer,
-    read_toc,
-    write_estargz,
-)
+from layerstore.formats import LayerStream
 from layerstore.formats.compression import Readable
-from layerstore.image import Descriptor, Digest, media_types, toc_digest
-from layerstore.image.annotations import ESTARGZ_TOC_DIGEST
+from layerstore.image import Descriptor, Digest
+from layerstore.image.annotations import layer_toc
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,8 @@ class LayerProgress:
 class ConvertedLayer:
     """What became of a layer; ``kept`` says that its bytes are the source's.
 
-    Sizes are bytes of the compressed blobs.  ``prioritized`` are the early files it holds.
+    Sizes are bytes of the compressed blobs.  ``prioritized`` are the early files it holds,
+    ``external_toc`` digest and size of the blob with its TOC, if that is kept apart.
     """
 
     source: Digest
@@ -71,6 +67,7 @@ class ConvertedLayer:
     annotations: dict[str, str]
     kept: bool
     prioritized: tuple[str, ...] = ()
+    external_toc: tuple[Digest, int] | None = None
 
 
 class LayerConverter:
@@ -80,20 +77,23 @@ class LayerConverter:
         self,
         source: ImageSource,
         destination: ImageDestination,
-        options: EstargzOptions,
+        form: LayerForm,
         *,
         rebuild: bool,
         threads: int,
         scratch: Path | None,
         progress: Callable[[LayerProgress], None],
+        toc_image: TocImage | None = None,
     ) -> None:
+        """``toc_image`` takes the TOCs of a form that keeps them apart."""
         self._source = source
         self._destination = destination
-        self._options = options
+        self._form = form
         self._rebuild = rebuild
         self._threads = threads
         self._scratch = scratch
         self._progress = progress
+        self._toc_image = toc_image
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -104,7 +104,7 @@ class LayerConverter:
         """Bring the layer to the destination.
 
         Raises ``VerificationError`` for wrong content, the errors of the transports and
-        of ``write_estargz``, all naming the layer.
+        of writing, all naming the layer.
         """
         try:
             kind = layer_kind(layer.media_type)
@@ -112,7 +112,7 @@ class LayerConverter:
                 raise UnsupportedFormat(f"layers of type {layer.media_type} are not converted")
             if not kind.distributed:
                 return _unchanged(layer, diff_id)
-            if not self._rebuild and self._is_estargz(layer):
+            if not self._rebuild and self._form.has(layer, self._source):
                 self._copy(layer, diff_id)
                 return _unchanged(layer, diff_id)
             return self._convert(layer, diff_id)
@@ -134,24 +134,6 @@ class LayerConverter:
             raise StorageError(
                 error.strerror or str(error), subject=f"blob {blob.digest}"
             ) from error
-
-    def _is_estargz(self, layer: Descriptor) -> bool:
-        """Say whether the blob really has the TOC that its annotation promises."""
-        try:
-            promised = toc_digest(layer.annotations)
-            if promised is None or layer.size < FOOTER_BYTES:
-                return False
-            if not self._source.gives_blob(layer.digest):
-                return False
-            read = self._source.read_range
-            tail = read(layer.digest, layer.size, layer.size - FOOTER_BYTES, FOOTER_BYTES)
-            footer = parse_footer(tail, layer.size)
-            if footer.external:
-                return False
-            member = read(layer.digest, layer.size, footer.toc_offset, footer.toc_size)
-            return Digest.of(read_toc(member)) == promised
-        except ContentError:
-            return False
 
     def _copy(self, layer: Descriptor, diff_id: Digest) -> None:
         """Move a blob as it is, verified on the way, unless the destination has it."""
@@ -178,15 +160,16 @@ class LayerConverter:
                     self._check()
                     self._tell(layer, "write", min(written, total), total)
 
-                result = write_estargz(
-                    tar, blob, self._options, threads=self._threads, progress=count
-                )
+                result = self._form.write(tar, blob, self._threads, count)
             blob.flush()
             self._check()
             self._tell(layer, "push", 0, result.size)
             if not self._destination.has_blob(result.digest, result.size):
                 pieces = descriptor_pieces(blob.fileno(), result.size, f"layer {layer.digest}")
                 self._destination.put_blob(result.digest, pieces, result.size)
+        toc = None
+        if self._toc_image is not None and result.external_toc is not None:
+            toc = self._toc_image.put(result.external_toc)
         self._tell(layer, "done", result.size, result.size)
         kept = {key: value for key, value in layer.annotations.items() if not stale(key)}
         return ConvertedLayer(
@@ -196,10 +179,11 @@ class LayerConverter:
             size=result.size,
             diff_id=result.diff_id,
             toc_digest=result.toc_digest,
-            media_type=media_types.OCI_LAYER_GZIP,
+            media_type=self._form.media_type,
             annotations=kept | result.annotations,
             kept=False,
             prioritized=result.prioritized,
+            external_toc=toc,
         )
 
     def _fetch(
@@ -288,9 +272,7 @@ def _unchanged(layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
         digest=layer.digest,
         size=layer.size,
         diff_id=diff_id,
-        toc_digest=(
-            toc_digest(layer.annotations) if ESTARGZ_TOC_DIGEST in layer.annotations else None
-        ),
+        toc_digest=layer_toc(layer.annotations),
         media_type=layer_type(layer.media_type, Family.OCI),
         annotations=dict(layer.annotations),
         kept=True,

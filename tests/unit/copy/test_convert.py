@@ -14,6 +14,7 @@ from lab.simregistry import SimRegistry
 from layerstore import limits
 from layerstore.copy.convert import ConvertOptions, ConvertResult, convert
 from layerstore.copy.convertlayer import LayerProgress
+from layerstore.copy.layerform import Estargz, ExternalToc, ZstdChunked
 from layerstore.errors import (
     InvalidLayer,
     InvalidManifest,
@@ -24,7 +25,14 @@ from layerstore.errors import (
     UsageError,
     VerificationError,
 )
-from layerstore.formats import EstargzOptions, iter_toc, parse_footer, read_toc
+from layerstore.formats import (
+    EstargzOptions,
+    LayerStream,
+    ZstdChunkedOptions,
+    iter_toc,
+    parse_footer,
+    read_toc,
+)
 from layerstore.image import Digest, Platform, media_types, parse_config
 from layerstore.layertree import LayerIndex, build_index
 from layerstore.registry import RegistrySettings
@@ -145,7 +153,7 @@ def test_options_of_the_writer_rebuild(tmp_path: Path) -> None:
     image(tmp_path / "in", "v1", tar(*SHARED))
     first = run(f"oci:{tmp_path}/in:v1", f"oci:{tmp_path}/out:v1")
     options = EstargzOptions(prioritize=("/etc/hosts", "/none"))
-    second = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/out:v2", estargz=options)
+    second = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/out:v2", form=Estargz(options))
     assert second.digest != first.digest
     assert second.not_found == ("/none",)
     out = Layout(tmp_path / "out")
@@ -325,6 +333,140 @@ def test_an_image_without_layers(tmp_path: Path) -> None:
     assert result.digest == result.source
 
 
+# -- forms that leave config and diff IDs as they are -----------------------------------
+
+
+def plain(blob: bytes) -> bytes:
+    stream = LayerStream(io.BytesIO(blob))
+    found = b""
+    while data := stream.read(1 << 20):
+        found += data
+    return found
+
+
+def test_zstd_chunked_leaves_config_and_diff_ids(tmp_path: Path) -> None:
+    layers = tar(*SHARED), tar(tars.regular(b"f", b"x" * 9000), tars.whiteout(b"etc/hosts"))
+    stored = image(tmp_path / "in", "v1", *layers)
+    before = json.loads(stored.blob(stored.digest).read_bytes())
+    result = run(f"oci:{tmp_path}/in:v1", f"oci:{tmp_path}/out:v2", form=ZstdChunked())
+    out = Layout(tmp_path / "out")
+    manifest = out.json(result.digest)
+    assert manifest["config"] == before["config"]
+    for old, new, content in zip(before["layers"], manifest["layers"], layers, strict=True):
+        assert new["mediaType"] == media_types.OCI_LAYER_ZSTD
+        assert new["digest"] != old["digest"]
+        assert plain(out.blob(new["digest"])) == content
+        assert set(new["annotations"]) == {
+            f"io.github.containers.zstd-chunked.{name}"
+            for name in ("manifest-checksum", "manifest-position", "tarsplit-position")
+        }
+    (converted,) = result.images
+    assert [layer.diff_id for layer in converted.layers] == [Digest.of(one) for one in layers]
+    assert result.toc_image is None
+
+
+def test_zstd_chunked_layers_are_kept(tmp_path: Path) -> None:
+    image(tmp_path / "in", "v1", tar(*SHARED))
+    first = run(f"oci:{tmp_path}/in:v1", f"oci:{tmp_path}/out:v1", form=ZstdChunked())
+    again = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/more:v2", form=ZstdChunked())
+    forced = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/x:v2", form=ZstdChunked(), force=True)
+    other = ZstdChunked(ZstdChunkedOptions(level=1, chunk_size=4096))
+    rebuilt = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/x:v3", form=other)
+    back = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/x:v4")
+    assert first.digest == again.digest == forced.digest
+    results = (first, again, forced, rebuilt, back)
+    assert [r.images[0].layers[0].kept for r in results] == [False, True, False, False, False]
+    (layer,) = Layout(tmp_path / "x").json(back.digest)["layers"]
+    assert layer["mediaType"] == media_types.OCI_LAYER_GZIP
+    assert set(layer["annotations"]) == {TOC_DIGEST, "io.containers.estargz.uncompressed-size"}
+
+
+def test_a_false_promise_of_zstd_chunked_is_not_believed(tmp_path: Path) -> None:
+    image(tmp_path / "in", "v1", tar(*SHARED))
+    first = run(f"oci:{tmp_path}/in:v1", f"oci:{tmp_path}/out:v1", form=ZstdChunked())
+    layout = tmp_path / "out"
+    document = Layout(layout).json(first.digest)
+    key = "io.github.containers.zstd-chunked.manifest-checksum"
+    document["layers"][0]["annotations"][key] = "sha256:" + "0" * 64
+    oci._publish(layout, "false", document)
+    again = run(f"oci:{layout}:false", f"oci:{layout}:true", form=ZstdChunked())
+    assert (
+        Layout(layout).json(again.digest)["layers"] == Layout(layout).json(first.digest)["layers"]
+    )
+    assert not again.images[0].layers[0].kept
+
+
+def toc_of(layout: Layout, toc_image: Any, layer: dict[str, Any]) -> bytes:
+    """The TOC that belongs to a layer, found as a lazy reader finds it."""
+    (found,) = [
+        one
+        for one in toc_image["layers"]
+        if one["annotations"]["containerd.io/snapshot/stargz/layer.digest"] == layer["digest"]
+    ]
+    assert found["mediaType"] == media_types.OCI_LAYER_GZIP
+    return read_toc(layout.blob(found["digest"]))
+
+
+def test_external_tocs_lie_in_an_image_for_all_platforms(tmp_path: Path) -> None:
+    source = index_of(tmp_path)
+    result = run(source, f"oci:{tmp_path}/out:v1", form=ExternalToc())
+    assert result.toc_image == f"oci:{tmp_path}/out:v1-esgztoc"
+    out = Layout(tmp_path / "out")
+    tags = {
+        entry["annotations"]["org.opencontainers.image.ref.name"]: entry
+        for entry in json.loads((tmp_path / "out/index.json").read_bytes())["manifests"]
+    }
+    assert set(tags) == {"v1", "v1-esgztoc"}
+    assert tags["v1"]["digest"] == result.digest
+    assert tags["v1-esgztoc"]["digest"] == result.toc_image_digest
+    toc_image = out.json(tags["v1-esgztoc"]["digest"])
+    assert toc_image["mediaType"] == media_types.OCI_MANIFEST
+    assert out.blob(toc_image["config"]["digest"]) == b"{}"
+    assert toc_image["config"]["mediaType"] == media_types.OCI_CONFIG
+    assert len(toc_image["layers"]) == 3  # one is shared
+    digests = [layer["digest"] for layer in toc_image["layers"]]
+    assert digests == sorted(digests)
+    before = json.loads((tmp_path / "in/index.json").read_bytes())["manifests"][-1]["digest"]
+    sources = Layout(tmp_path / "in")
+    for old, new in zip(
+        sources.json(before)["manifests"][:2], out.json(result.digest)["manifests"][:2], strict=True
+    ):
+        manifest, was = out.json(new["digest"]), sources.json(old["digest"])
+        assert manifest["config"] == was["config"]
+        for layer, layer_was in zip(manifest["layers"], was["layers"], strict=True):
+            blob = out.blob(layer["digest"])
+            assert layer["mediaType"] == media_types.OCI_LAYER_GZIP
+            assert parse_footer(blob[-51:], len(blob)).external
+            assert gzip.decompress(blob) == gzip.decompress(sources.blob(layer_was["digest"]))
+            toc = toc_of(out, toc_image, layer)
+            assert layer["annotations"][TOC_DIGEST] == Digest.of(toc)
+            index = io.BytesIO()
+            end = len(blob) - 46
+            build_index(iter_toc(toc), index, blob_size=len(blob), toc_offset=end)
+            LayerIndex.from_bytes(index.getvalue()).close()
+    again = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/out:v2", form=ExternalToc())
+    assert (again.digest, again.toc_image_digest) == (result.digest, result.toc_image_digest)
+
+
+def test_external_tocs_need_a_tag_beside_the_image(tmp_path: Path) -> None:
+    image(tmp_path / "in", "v1", tar(*SHARED))
+    for place in (f"oci:{tmp_path}/out", f"oci-archive:{tmp_path}/out.tar:v1"):
+        with pytest.raises(UsageError):
+            run(f"oci:{tmp_path}/in:v1", place, form=ExternalToc())
+    with pytest.raises(UsageError):
+        ExternalToc(EstargzOptions(prioritize=("etc",)))
+
+
+def test_a_layer_with_an_external_toc_becomes_an_ordinary_estargz(tmp_path: Path) -> None:
+    image(tmp_path / "in", "v1", tar(*SHARED))
+    run(f"oci:{tmp_path}/in:v1", f"oci:{tmp_path}/out:v1", form=ExternalToc())
+    result = run(f"oci:{tmp_path}/out:v1", f"oci:{tmp_path}/out:v2")
+    out = Layout(tmp_path / "out")
+    manifest = out.json(result.digest)
+    diff_id = out.json(manifest["config"]["digest"])["rootfs"]["diff_ids"][0]
+    assert check_layer(out, manifest["layers"][0], diff_id)[0] == ".no.prefetch.landmark"
+
+
 # -- registries ---------------------------------------------------------------------
 
 
@@ -357,6 +499,18 @@ def test_between_repositories_of_a_registry(tmp_path: Path) -> None:
         assert mounted.digest == result.digest
         whole = [entry for entry in registry.requests("GET", "/blobs/") if entry.status == 200]
         assert len([entry for entry in whole if manifest["layers"][0]["digest"] in entry.path]) == 0
+
+
+def test_external_tocs_are_pushed_before_the_image(tmp_path: Path) -> None:
+    stored = image(tmp_path, "v1", tar(*SHARED))
+    with SimRegistry() as registry:
+        source = push(registry, stored)
+        result = run(source, f"docker://{registry.host}/out:v1", form=ExternalToc())
+        raw, media_type = registry.manifests["out", "v1-esgztoc"]
+        assert (Digest.of(raw), media_type) == (result.toc_image_digest, media_types.OCI_MANIFEST)
+        assert result.toc_image == f"docker://{registry.host}/out:v1-esgztoc"
+        put = [entry.path for entry in registry.requests("PUT", "/manifests/")]
+        assert put == ["/v2/out/manifests/v1-esgztoc", "/v2/out/manifests/v1"]
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path: Path) -> None:
