@@ -37,7 +37,9 @@ FILE_BYTES: Final = 1 << 60
 CHUNK_BYTES: Final = (
     256 * MIB
 )  # uncompressed bytes of one chunk: it is held in memory to be verified
-MEMBER_BYTES: Final = 512 * MIB  # uncompressed bytes taken out of one gzip member
+MEMBER_BYTES: Final = 512 * MIB  # uncompressed bytes taken out of one member
+MEMBER_HELD_BYTES: Final = 64 * MIB  # longer ones are read as a stream, chunk by chunk
+HOLE_PIECES: Final = 1 << 20  # GiB of holes in the files of one layer
 MEMBER_SLACK_BYTES: Final = (
     64 * MIB
 )  # headers and padding that may follow the last payload of a member

@@ -1,6 +1,6 @@
 """The compressed blob of a layer as a sparse file that fills up.
 
-The blob is cut into *units*: the head (bytes before the first gzip member that
+The blob is cut into *units*: the head (bytes before the first member that
 the TOC names), each member, and the tail (TOC and footer).  Units tile the blob
 without gaps.  What the registry sent is kept as it came, so that no byte is
 fetched twice and the whole blob, once complete, can be exported byte for byte.
@@ -36,6 +36,21 @@ class MemberTable(Protocol):
     @property
     def members(self) -> int: ...
     def member(self, number: int) -> Member: ...
+
+
+class Range:
+    """A stream over the bytes [offset, end) of a file."""
+
+    def __init__(self, file: OpenFile, offset: int, end: int) -> None:
+        self._file = file
+        self._offset = offset
+        self._end = end
+
+    def read(self, n: int, /) -> bytes:
+        """At most ``n`` bytes, b"" at the end."""
+        data = self._file.read(self._offset, min(n, self._end - self._offset))
+        self._offset += len(data)
+        return data
 
 
 class BlobFile:
@@ -80,7 +95,7 @@ class BlobFile:
         return member.offset, member.end
 
     def is_member(self, unit: int) -> bool:
-        """Whether the unit is a gzip member with file contents (not head or tail)."""
+        """Whether the unit is a member with file contents (not head or tail)."""
         return 0 < unit < self.units - 1
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
@@ -112,6 +127,10 @@ class BlobFile:
         """The stored bytes of a unit."""
         offset, end = self.extent(unit)
         return self.file.read(offset, end - offset)
+
+    def stream_unit(self, unit: int) -> Range:
+        """The stored bytes of a unit, piece by piece."""
+        return Range(self.file, *self.extent(unit))
 
     def sync(self) -> None:
         """Wait until the disk has the bytes, then what says that they are there."""

@@ -1,4 +1,4 @@
-"""Verifying what arrives: gzip members to chunks, chunks to objects.
+"""Verifying what arrives: members to chunks, chunks to objects.
 
 Nothing reaches an object before its digest was checked.  A file of several
 chunks is checked a second time as a whole: when the digest that the TOC
@@ -12,12 +12,14 @@ import logging
 from collections.abc import Iterator
 
 from layerstore import limits
-from layerstore.content.layermap import Chunk, LayerMap
+from layerstore.content.layermap import Chunk, FileContent, LayerMap
 from layerstore.content.objects import ObjectStore, PartialObject
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.errors import InvalidLayer, StorageError, VerificationError
-from layerstore.formats import decompress_member
+from layerstore.formats import LayerStream
+from layerstore.formats.compression import Readable
+from layerstore.formats.members import MemberCodec
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class Ingester:
         self,
         name: str,
         layer_map: LayerMap,
+        codec: MemberCodec,
         objects: ObjectStore,
         scheduler: Scheduler,
         stats: LayerStats,
@@ -36,6 +39,7 @@ class Ingester:
     ) -> None:
         self._name = name
         self._map = layer_map
+        self._codec = codec
         self._objects = objects
         self._scheduler = scheduler
         self._stats = stats
@@ -48,11 +52,12 @@ class Ingester:
         if error is not None:
             raise error
 
-    def take(self, member: int, data: bytes, wanted: int = -1) -> memoryview | None:
+    def take(self, member: int, data: bytes | Readable, wanted: int = -1) -> memoryview | None:
         """Verify and store the chunks of a member, given its compressed bytes.
 
-        Gives the contents of chunk ``wanted`` if it is one of them.  Raises
-        InvalidLayer, LimitExceeded, VerificationError, StorageError.
+        They come as a stream where the member ``is_long``.  Gives the contents of chunk
+        ``wanted`` if it is one of them.  Raises InvalidLayer, LimitExceeded, VerificationError,
+        StorageError.
         """
         found = None
         for number, chunk, payload in self._verified(member, data):
@@ -61,19 +66,32 @@ class Ingester:
                 found = payload
         return found
 
-    def check_member(self, member: int, data: bytes) -> None:
-        """Verify the chunks of a member without storing them; raises as take()."""
+    def check_member(self, member: int, data: bytes | Readable) -> None:
+        """Verify the chunks of a member without storing them; arguments and errors of take()."""
         for _ in self._verified(member, data):
             pass
 
-    def _verified(self, member: int, data: bytes) -> Iterator[tuple[int, Chunk, memoryview]]:
+    def is_long(self, member: int) -> bool:
+        """Whether a member is too long to be held in memory decompressed."""
+        chunks = self._map.member_chunks(member)
+        last = self._map.chunk(chunks[-1]) if chunks else None
+        return last is not None and last.inner_offset + last.size > limits.MEMBER_HELD_BYTES
+
+    def _verified(
+        self, member: int, data: bytes | Readable
+    ) -> Iterator[tuple[int, Chunk, memoryview]]:
         chunks = [(number, self._map.chunk(number)) for number in self._map.member_chunks(member)]
         if not chunks:
             return
-        needed = max(chunk.inner_offset + chunk.size for _, chunk in chunks)
-        plain = memoryview(decompress_member(data, limit=needed + limits.MEMBER_SLACK_BYTES))
-        for number, chunk in chunks:
-            payload = plain[chunk.inner_offset : chunk.inner_offset + chunk.size]
+        if isinstance(data, bytes):
+            needed = max(chunk.inner_offset + chunk.size for _, chunk in chunks)
+            plain = memoryview(self._codec.decompress(member, data, needed=needed))
+            payloads: Iterator[memoryview] = (
+                plain[chunk.inner_offset : chunk.inner_offset + chunk.size] for _, chunk in chunks
+            )
+        else:
+            payloads = _streamed(data, [chunk for _, chunk in chunks])
+        for (number, chunk), payload in zip(chunks, payloads, strict=True):
             if len(payload) != chunk.size:
                 raise InvalidLayer(f"chunk {number} is shorter than {chunk.size} bytes")
             if hashlib.sha256(payload).digest() != chunk.digest:
@@ -84,12 +102,10 @@ class Ingester:
         content = self._map.content(self._map.chunk_owner(number))
         if content is None:
             return
-        if content.chunk_count == 1:
+        if content.plain:
             self._objects.put(content.key, payload)
             return
-        partial = self._objects.partial(
-            content.key, content.size, content.chunk_count, content.digest, create=True
-        )
+        partial = self.partial(content)
         if partial is None:
             return
         last = partial.write(number - content.first_chunk, chunk.file_offset, payload)
@@ -99,6 +115,21 @@ class Ingester:
             self._scheduler.submit(
                 Priority.PREFETCH, lambda: self._complete_object(key, partial, digest)
             )
+
+    def partial(self, content: FileContent) -> PartialObject | None:
+        """The object that fills up with this file's chunks, made if need be; holes are there.
+
+        None if the whole file is an object already.
+        """
+        partial = self._objects.partial(
+            content.key, content.size, content.chunk_count, content.digest, create=True
+        )
+        if partial is not None and partial.fresh:
+            partial.fresh = False
+            for number in range(content.chunk_count):
+                if self._map.chunk(content.first_chunk + number).hole:
+                    partial.present.set(number)
+        return partial
 
     def _complete_object(self, key: bytes, partial: PartialObject, digest: bytes) -> None:
         """Check a large file as a whole, once all its chunks are there."""
@@ -112,3 +143,23 @@ class Ingester:
         except (StorageError, OSError) as error:
             # its chunks stay readable where they are
             _log.warning("event=file-not-published layer=%s error=%s", self._name, error)
+
+
+def _streamed(data: Readable, chunks: list[Chunk]) -> Iterator[memoryview]:
+    """The contents of chunks, which are sorted, out of a compressed stream."""
+    stream = LayerStream(data)
+    position = 0
+    for chunk in chunks:
+        while position < chunk.inner_offset:
+            skipped = len(stream.read(min(limits.MIB, chunk.inner_offset - position)))
+            if not skipped:
+                raise InvalidLayer("a member is shorter than its chunks")
+            position += skipped
+        payload = bytearray()
+        while len(payload) < chunk.size:
+            piece = stream.read(min(limits.MIB, chunk.size - len(payload)))
+            if not piece:
+                raise InvalidLayer("a member is shorter than its chunks")
+            payload += piece
+        position += chunk.size
+        yield memoryview(payload)

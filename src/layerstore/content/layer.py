@@ -27,6 +27,8 @@ from layerstore.content.scheduler import Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
 from layerstore.errors import ContentError, LayerstoreError, VerificationError
+from layerstore.formats.compression import Readable
+from layerstore.formats.members import MemberCodec
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class LayerContent:
     """File contents of one layer.  Thread-safe.
 
     ``path`` is the sparse blob file; ``source`` opens a byte range of the blob at
-    the registry; ``digest`` is the announced SHA-256 (hex) of the blob; ``distrust`` is
+    the registry; ``codec`` takes its members apart; ``digest`` is the announced SHA-256 (hex) of the blob; ``distrust`` is
     called when bytes that came were wrong, before they are fetched again.
     """
 
@@ -50,6 +52,7 @@ class LayerContent:
         digest: str,
         size: int,
         toc_offset: int,
+        codec: MemberCodec,
         objects: ObjectStore,
         scheduler: Scheduler,
         source: ByteSource,
@@ -64,7 +67,7 @@ class LayerContent:
         self._digest = digest
         self._objects = objects
         self._totals = stats
-        self._ingester = Ingester(name, layer_map, objects, scheduler, self.stats, stats)
+        self._ingester = Ingester(name, layer_map, codec, objects, scheduler, self.stats, stats)
         self._fetcher = Fetcher(name, self._blob, scheduler, source, self.stats, stats)
         self._needed = bytearray(self._blob.units)
         self._distrust = distrust
@@ -115,26 +118,33 @@ class LayerContent:
         payload: memoryview | None = None
         for unit, number in units.items():
             payload = self._take(unit, number)
-        if content.chunk_count == 1 and payload is not None:
+        if content.plain and payload is not None:
             return bytes(payload[offset : offset + size])
         file = self._stored(entry, content, offset, size)
         return None if file is None else file.read(offset, size)
 
     def _take(self, unit: int, number: int) -> memoryview | None:
-        data = self._blob.read_unit(unit)
+        data = self._unit(unit)
         try:
             return self._ingester.take(unit - 1, data, number)
         except ContentError as error:
             self._refuse(unit, data, error)
             raise
 
-    def _refuse(self, unit: int, data: bytes, error: ContentError) -> None:
+    def _unit(self, unit: int) -> bytes | Readable:
+        if self._ingester.is_long(unit - 1):
+            return self._blob.stream_unit(unit)
+        return self._blob.read_unit(unit)
+
+    def _refuse(self, unit: int, data: bytes | Readable, error: ContentError) -> None:
         """Stored bytes are wrong: forget them, and remember for a moment that they were.
 
         Of several readers only the first counts: others may come when better ones are here.
         """
         with self._refusing:
-            if not self._blob.present[unit] or self._blob.read_unit(unit) != data:
+            if not self._blob.present[unit]:
+                return
+            if isinstance(data, bytes) and self._blob.read_unit(unit) != data:
                 return
             self._blob.discard(unit)
             count = self._refused.get(unit, (0, 0.0, error))[0] + 1
@@ -163,7 +173,7 @@ class LayerContent:
         return self._blob.file.read(offset, max(0, min(size, self._blob.size - offset)))
 
     def _stored(self, entry: int, content: FileContent, offset: int, size: int) -> OpenFile | None:
-        if content.chunk_count == 1:
+        if content.plain:
             self._touch(content.first_chunk)
             return self._objects.open(content.key)
         self._ingester.check(content.key)
@@ -175,8 +185,10 @@ class LayerContent:
                     self._touch(number)
                 return complete
         partial = partial or self._partial(content)
-        if partial is not None and not self._missing_chunks(entry, content, partial, offset, size):
-            return partial.file
+        if not self._missing_chunks(entry, content, partial, offset, size):
+            partial = partial or self._ingester.partial(content)  # all of it is holes
+            if partial is not None:
+                return partial.file
         # it may have become whole meanwhile
         return self._objects.open(content.digest) if content.digest else None
 
@@ -187,8 +199,9 @@ class LayerContent:
 
     def _touch(self, chunk: int) -> None:
         """Count the member that holds the chunk as needed by a reader, once."""
-        unit = self._map.chunk(chunk).member + 1
-        if not self._needed[unit]:
+        found = self._map.chunk(chunk)
+        unit = found.member + 1
+        if not found.hole and not self._needed[unit]:
             self._needed[unit] = 1
             offset, end = self._blob.extent(unit)
             self.stats.needed_bytes += end - offset
@@ -205,6 +218,8 @@ class LayerContent:
         """Chunk numbers of the range that are not in the partial object."""
         missing = []
         for number in self._map.chunks_between(entry, offset, offset + size):
+            if self._map.chunk(number).hole:
+                continue
             self._touch(number)
             if partial is None or not partial.present[number - content.first_chunk]:
                 missing.append(number)
@@ -238,7 +253,7 @@ class LayerContent:
         return missing
 
     def _absent_chunks(self, entry: int, content: FileContent, offset: int, size: int) -> list[int]:
-        partial = self._partial(content) if content.chunk_count > 1 else None
+        partial = None if content.plain else self._partial(content)
         return self._missing_chunks(entry, content, partial, offset, size)
 
     def fetch_blob(self, done: Done) -> None:
@@ -292,6 +307,11 @@ class LayerContent:
     def complete(self) -> bool:
         """Whether every byte of the blob is stored and the blob digest was checked."""
         return self._verified
+
+    @property
+    def blob_error(self) -> VerificationError | None:
+        """Set when all bytes came, more than once, and are not the announced blob."""
+        return self._blob_error
 
     @property
     def stored_bytes(self) -> int:
@@ -354,7 +374,7 @@ class LayerContent:
                 self._blob.discard(unit)  # nothing but the blob digest covers head and tail
                 found = True
                 continue
-            data = self._blob.read_unit(unit)
+            data = self._unit(unit)
             try:
                 self._ingester.check_member(unit - 1, data)
             except ContentError as error:

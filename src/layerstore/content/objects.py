@@ -43,6 +43,8 @@ class PartialObject:
             self.map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
             os.ftruncate(fd, size)
         self.present = Bitmap(self.map_path, chunks)
+        self.fresh = self.present.missing == chunks
+        """Nothing is in it yet; whoever fills it says when that is not so any more."""
 
     def write(self, number: int, offset: int, data: bytes | memoryview) -> bool:
         """Store a verified chunk; True if it was the last one missing."""

@@ -2,9 +2,12 @@
 
 A regular file's entry describes its first chunk; entries of type ``chunk`` that
 follow it the others.  ``chunkSize`` absent means "up to the end of the file".
-Several chunks may share one gzip member (equal ``offset``, growing
-``innerOffset``); they must not overlap.  A member ends where the next one that
-any entry names begins, the last one at the TOC.
+Several chunks may share one member (equal ``offset``, growing ``innerOffset``);
+they must not overlap.  A member ends where the next one that any entry names
+begins, the last one at the TOC.
+
+A chunk of type ``zeros`` (zstd:chunked) is a *hole*: it is in no member, for there is
+nothing to fetch and nothing to verify.
 
 What a file *is* for the content store is its key: the chunk's digest for a file
 of one chunk, a digest over the list of chunks otherwise.  It is made of what will
@@ -15,6 +18,7 @@ chunk by chunk.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from bisect import bisect_right
 from typing import Final
@@ -28,7 +32,11 @@ from .layout import DIGEST_PAIR, FLAG_DIGEST, KEY_CHUNK, KEY_PREFIX
 from .names import subject_of
 
 NO_OWNER: Final = 0xFFFF_FFFF
+HOLE: Final = 0xFFFF_FFFF_FFFF_FFFF  # in the place of a chunk's offset
 TAR_BLOCK: Final = 512
+_ZEROS: Final = "zeros"
+_HOLE_PIECE_BYTES: Final = 1 << 30  # larger holes are several chunks: sizes have 32 bits
+_NO_DIGEST: Final = bytes(32)
 _EMPTY: Final = hashlib.sha256(b"").digest()
 
 
@@ -40,10 +48,12 @@ class ChunkTable:
     plus one or 0, flags).
     """
 
-    def __init__(self, toc_offset: int) -> None:
+    def __init__(self, toc_offset: int, member_bytes: int = limits.MEMBER_BYTES) -> None:
         self.toc_offset = toc_offset
-        self.offsets = array("Q")  # compressed
-        self.inner = array("I")
+        self._member_bytes = member_bytes
+        self._hole_pieces = 0
+        self.offsets = array("Q")  # compressed; or HOLE
+        self.inner = array("Q")
         self.sizes = array("I")
         self.starts = array("Q")  # file offsets
         self.owners = array("I")
@@ -67,11 +77,13 @@ class ChunkTable:
         self._covered = 0
         self._first = len(self.offsets)
         self._digest = sha256_bytes(entry.digest, subject) if entry.digest else None
-        if entry.chunk_type:
-            raise UnsupportedFormat(f"chunks of type {entry.chunk_type!r}", subject=subject)
+        hole = self._is_hole(entry)
         if not size:
             if self._digest not in (None, _EMPTY):
                 raise InvalidLayer("an empty file with the digest of another", subject=subject)
+            return
+        if hole:
+            self._append_hole(entry, owner)
             return
         whole = entry.chunk_size in (0, size)
         if entry.chunk_digest:
@@ -89,21 +101,47 @@ class ChunkTable:
         subject = self._subject
         if self._covered >= self._size:
             raise InvalidLayer("a chunk after the end of its file, or of none", subject=subject)
-        if entry.chunk_type:
-            raise UnsupportedFormat(f"chunks of type {entry.chunk_type!r}", subject=subject)
+        if self._is_hole(entry):
+            self._append_hole(entry, owner)
+            return
         if not entry.chunk_digest:
             raise InvalidLayer("a chunk has no digest to verify it by", subject=subject)
         self._append(entry, owner, sha256_bytes(entry.chunk_digest, subject))
 
-    def _append(self, entry: TocEntry, owner: int, digest: bytes) -> None:
-        subject = self._subject
+    def _is_hole(self, entry: TocEntry) -> bool:
+        if entry.chunk_type not in ("", _ZEROS):
+            raise UnsupportedFormat(f"chunks of type {entry.chunk_type!r}", subject=self._subject)
+        return entry.chunk_type == _ZEROS
+
+    def _extent(self, entry: TocEntry) -> tuple[int, int]:
+        """Where the chunk begins in its file, and its size."""
         start = self._covered
         if entry.chunk_offset != start:
-            raise InvalidLayer("a file's chunks are not contiguous", subject=subject)
+            raise InvalidLayer("a file's chunks are not contiguous", subject=self._subject)
         left = self._size - start
         size = entry.chunk_size or left
         if not 0 < size <= left:
-            raise InvalidLayer("a chunk's size does not fit its file", subject=subject)
+            raise InvalidLayer("a chunk's size does not fit its file", subject=self._subject)
+        return start, size
+
+    def _append_hole(self, entry: TocEntry, owner: int) -> None:
+        start, size = self._extent(entry)
+        end = start + size
+        self._hole_pieces += -(-size // _HOLE_PIECE_BYTES)
+        if self._hole_pieces > limits.HOLE_PIECES:
+            raise LimitExceeded("the holes of the layer are too large", subject=self._subject)
+        for at in range(start, end, _HOLE_PIECE_BYTES):
+            self.offsets.append(HOLE)
+            self.inner.append(0)
+            self.sizes.append(min(_HOLE_PIECE_BYTES, end - at))
+            self.starts.append(at)
+            self.owners.append(owner)
+            self.digests += _NO_DIGEST
+        self._covered = end
+
+    def _append(self, entry: TocEntry, owner: int, digest: bytes) -> None:
+        subject = self._subject
+        start, size = self._extent(entry)
         if size > limits.CHUNK_BYTES:
             raise LimitExceeded(f"a chunk of {size} bytes", subject=subject)
         offset, inner = entry.offset, entry.inner_offset
@@ -112,8 +150,10 @@ class ChunkTable:
         if offset == 0 and inner < TAR_BLOCK:
             # The blob begins with a tar header, so no content can: the position is missing.
             raise InvalidLayer("a chunk has no position in the blob", subject=subject)
-        if inner + size > limits.MEMBER_BYTES:
-            raise LimitExceeded("a chunk lies too far inside its gzip member", subject=subject)
+        if entry.end_offset and not offset < entry.end_offset <= self.toc_offset:
+            raise InvalidLayer("a chunk ends outside the layer's contents", subject=subject)
+        if inner + size > self._member_bytes:
+            raise LimitExceeded("a chunk lies too far inside its member", subject=subject)
         self.offsets.append(offset)
         self.inner.append(inner)
         self.sizes.append(size)
@@ -129,7 +169,7 @@ class ChunkTable:
         self._size = self._covered = 0
         first = self._first
         count = len(self.offsets) - first
-        if count < 2:
+        if count < 2 and not (count and self.offsets[first] == HOLE):
             return first if count else 0, count, 0, 0
         key = hashlib.sha256(KEY_PREFIX)
         for number in range(first, first + count):
@@ -140,16 +180,19 @@ class ChunkTable:
         return first, count, len(self.pairs) // DIGEST_PAIR.size, flags
 
     def by_position(self) -> array[int]:
-        """Chunk numbers by (offset, inner offset); InvalidLayer if two chunks overlap."""
+        """Numbers of the chunks that are no holes, by (offset, inner offset).
+
+        Raises InvalidLayer if two of them overlap.
+        """
         offsets, inner, sizes = self.offsets, self.inner, self.sizes
-        order = array("I", range(len(offsets)))
+        order = array("I", (number for number, at in enumerate(offsets) if at != HOLE))
         if any(
-            offsets[number - 1] > offsets[number]
-            or (offsets[number - 1] == offsets[number] and inner[number - 1] > inner[number])
-            for number in range(1, len(offsets))
+            offsets[before] > offsets[number]
+            or (offsets[before] == offsets[number] and inner[before] > inner[number])
+            for before, number in itertools.pairwise(order)
         ):
             order = array(
-                "I", sorted(order, key=lambda number: offsets[number] << 32 | inner[number])
+                "I", sorted(order, key=lambda number: offsets[number] << 64 | inner[number])
             )
         last_offset, last_end = -1, 0
         for number in order:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from layerstore import limits
 from layerstore.errors import InvalidLayer, LayerstoreError, LimitExceeded, StorageError
+from layerstore.formats.members import Packing
 from layerstore.formats.toc import TocEntry
 
 from .chunks import NO_OWNER
@@ -29,6 +31,7 @@ from .layout import (
     HEADER,
     MAGIC,
     NO_LANDMARK_SEEN,
+    NO_MEMBER,
     RECORD,
     RECORD_BYTES,
     VERSION,
@@ -71,11 +74,14 @@ def build_index(
     *,
     blob_size: int,
     toc_offset: int,
+    packing: Packing = Packing.GZIP,
+    member_bytes: int = limits.MEMBER_BYTES,
 ) -> IndexSummary:
     """Compile TOC entries into a layer index.
 
-    ``toc_offset`` is where the contents of the blob end, ``blob_size`` its whole size.  A
-    stream is written from its position on and neither flushed nor closed.  At a path the
+    ``toc_offset`` is where the contents of the blob end, ``blob_size`` its whole size;
+    ``packing`` how its members are packed, and ``member_bytes`` how far inside one a chunk may
+    reach (uncompressed).  A stream is written from its position on and neither flushed nor closed.  At a path the
     file appears only complete and synced, under a temporary name until then.
 
     Raises InvalidLayer, UnsupportedFormat or LimitExceeded for entries that make no tree,
@@ -83,11 +89,11 @@ def build_index(
     """
     if not 0 <= toc_offset <= blob_size <= BLOB_BYTES:
         raise InvalidLayer(f"a TOC at {toc_offset} in a blob of {blob_size} bytes")
-    tree = Tree(toc_offset)
+    tree = Tree(toc_offset, member_bytes)
     for entry in entries:
         tree.add(entry)
     tree.finish()
-    compiled = _Compiled(tree, blob_size)
+    compiled = _Compiled(tree, blob_size, packing)
     if not isinstance(out, str | os.PathLike):
         compiled.write(out)
         return compiled.summary
@@ -110,8 +116,9 @@ def build_index(
 class _Compiled:
     """A finished tree, numbered and sorted, ready to be written."""
 
-    def __init__(self, tree: Tree, blob_size: int) -> None:
+    def __init__(self, tree: Tree, blob_size: int, packing: Packing) -> None:
         self._tree = tree
+        self._packing = packing
         self._number = array("I", (NONE,)) * len(tree.kinds)  # node to entry
         self._nodes = array("I")  # entry to node
         self._links = array("I", bytes(4 * len(tree.kinds)))  # by node
@@ -231,7 +238,7 @@ class _Compiled:
         self._living_chunks = living
         self.member_ends = array("I", (0,))
         self.member_chunks = array("I")
-        self._member = array("I", bytes(4 * len(chunks)))
+        self._member = array("I", (NO_MEMBER,)) * len(chunks)
         member = -1
         last = -1
         for number in order:
@@ -364,7 +371,7 @@ class _Compiled:
             self.summary.chunks,
             self.summary.members,
             attributed,
-            0,
+            self._packing,
             *offsets,
         )
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from layerstore.errors import StorageError
+from layerstore.formats.members import Packing
 
 from .fields import read_xattrs
 from .layout import (
@@ -36,6 +37,7 @@ from .layout import (
     HEADER,
     MAGIC,
     NO_LANDMARK_SEEN,
+    NO_MEMBER,
     OWNER_WORD,
     RECORD_BYTES,
     RECORD_WORDS,
@@ -82,7 +84,7 @@ class FileContent(NamedTuple):
 
 class Chunk(NamedTuple):
     """A verifiable piece of a file: ``size`` bytes at ``file_offset``, found ``inner_offset``
-    bytes into the decompressed gzip member ``member``."""
+    bytes into the decompressed member ``member``; or a hole, if that is ``NO_MEMBER``."""
 
     file_offset: int
     size: int
@@ -90,9 +92,14 @@ class Chunk(NamedTuple):
     member: int
     inner_offset: int
 
+    @property
+    def hole(self) -> bool:
+        """Whether it is nothing but zeros, and in no member."""
+        return self.member == NO_MEMBER
+
 
 class Member(NamedTuple):
-    """The compressed range of the blob in which a gzip member lies."""
+    """The compressed range of the blob in which a member lies."""
 
     offset: int
     end: int
@@ -142,8 +149,9 @@ class LayerIndex:
             self.chunks,
             self.members,
             self.entries_with_xattrs,
-            _,
+            packing,
         ) = fields[4:16]
+        self.packing = Packing(packing)
         self.landmark: int | None = None if landmark == NO_LANDMARK_SEEN else landmark
         offsets = fields[16:]
         self._data = data
@@ -168,7 +176,7 @@ class LayerIndex:
         self._chunk_words = u32(Section.CHUNKS, self.chunks * CHUNK_WORDS)
         self._members = u64(Section.MEMBERS, self.members + 1)
         self._member_ends = u32(Section.MEMBER_ENDS, self.members + 1)
-        self._member_chunks = u32(Section.MEMBER_CHUNKS, self.chunks)
+        self._member_chunks = u32(Section.MEMBER_CHUNKS, self._member_ends[self.members])
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -322,15 +330,15 @@ class LayerIndex:
         base = entry * RECORD_WORDS
         words = self._words
         size = ATTRIBUTES.unpack_from(self._data, self._records_at + entry * RECORD_BYTES)[4]
-        first, count, extra = words[base + FIRST_WORD], words[base + COUNT_WORD], 0
+        first, count = words[base + FIRST_WORD], words[base + COUNT_WORD]
         if not count:
             return FileContent(size, _EMPTY, _EMPTY, True, 0, 0)
-        if count == 1:
+        extra = words[base + EXTRA_WORD]
+        if count == 1 and not extra:
             digest = self.chunk(first).digest
             return FileContent(size, digest, digest, True, first, 1)
-        extra = words[base + EXTRA_WORD] - 1
         digest, key = DIGEST_PAIR.unpack_from(
-            self._data, self._digests_at + extra * DIGEST_PAIR.size
+            self._data, self._digests_at + (extra - 1) * DIGEST_PAIR.size
         )
         known = words[base + FLAGS_WORD] & FLAG_DIGEST
         return FileContent(size, digest if known else None, key, False, first, count)
@@ -362,7 +370,7 @@ class LayerIndex:
         return numbers[first:last]
 
     def member(self, number: int) -> Member:
-        """Gzip member ``number``; members are in the order of the blob."""
+        """Member ``number``; members are in the order of the blob."""
         if not 0 <= number < self.members:
             raise IndexError(f"no member {number}")
         return Member(self._members[number], self._members[number + 1])

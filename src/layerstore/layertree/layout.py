@@ -14,7 +14,7 @@ order is built again from its TOC.
     NAME_ENDS   u32 n+1   per name: where its bytes start in NAMES (the next one's start is its end)
     NAMES                 the names themselves
     CHUNKS                one CHUNK per chunk; a file's chunks are neighbours, in file order
-    MEMBERS     u64 n+1   compressed offsets of the gzip members, ascending; last: the TOC's
+    MEMBERS     u64 n+1   compressed offsets of the members, ascending; last: the TOC's
     MEMBER_ENDS u32 n+1   per member: where its chunks start in MEMBER_CHUNKS
     MEMBER_CHUNKS u32     chunk numbers by member, then by inner offset
     DIGESTS               per file of several chunks: file digest (or zeros), content key
@@ -38,11 +38,12 @@ import struct
 from typing import Final
 
 MAGIC: Final = b"lslayer\0"
-VERSION: Final = 1
+VERSION: Final = 2
 BYTE_ORDER: Final = 0x01020304
 CHECKSUM_BYTES: Final = 32
 ALIGNMENT: Final = 8
 NO_LANDMARK_SEEN: Final = -1
+NO_MEMBER: Final = 0xFFFF_FFFF  # of a chunk that is a hole
 
 
 class Section(enum.IntEnum):
@@ -65,7 +66,7 @@ class Section(enum.IntEnum):
 SECTIONS: Final = len(Section)
 
 # magic, version, byte order; file size, blob size, TOC offset, content bytes; landmark;
-# entries, names, directories, files, chunks, members, entries with attributes, unused;
+# entries, names, directories, files, chunks, members, entries with attributes, packing;
 # offset of each section, then their end.
 HEADER: Final = struct.Struct(f"=8sII4Qq8I{SECTIONS + 1}Q")
 
@@ -81,7 +82,7 @@ MODE_WORD, XATTR_WORD, FIRST_WORD, COUNT_WORD, EXTRA_WORD, FLAGS_WORD = 0, 10, 1
 
 FLAG_DIGEST: Final = 1  # a file of several chunks whose own digest is known
 
-CHUNK: Final = struct.Struct("=QIII32sI")  # file offset, size, member, inner offset, digest, entry
+CHUNK: Final = struct.Struct("=QIIQ32sI")  # file offset, size, member, inner offset, digest, entry
 CHUNK_BYTES: Final = CHUNK.size
 CHUNK_WORDS: Final = CHUNK_BYTES // 4
 OWNER_WORD: Final = CHUNK_WORDS - 1

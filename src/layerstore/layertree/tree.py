@@ -75,9 +75,9 @@ _SPECIAL: Final = {"char": stat.S_IFCHR, "block": stat.S_IFBLK, "fifo": stat.S_I
 class Tree:
     """Nodes, names and chunks of a layer; ``add`` each entry, then ``finish``."""
 
-    def __init__(self, toc_offset: int) -> None:
+    def __init__(self, toc_offset: int, member_bytes: int = limits.MEMBER_BYTES) -> None:
         self.table = NameTable()
-        self.chunks = ChunkTable(toc_offset)
+        self.chunks = ChunkTable(toc_offset, member_bytes)
         self.xattrs = XattrPool()
         self.symlinks = bytearray()
         self.records = bytearray()

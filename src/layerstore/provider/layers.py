@@ -20,6 +20,7 @@ from layerstore.errors import (
     RegistryError,
     StorageError,
 )
+from layerstore.formats.members import codec
 from layerstore.image import Reference
 from layerstore.layertree import LayerIndex
 from layerstore.provider.loader import Loader
@@ -160,6 +161,7 @@ class Layers:
             digest=record.blob_digest.hex,
             size=record.size,
             toc_offset=record.toc_offset,
+            codec=codec(index.packing),
             objects=self._objects,
             scheduler=self._scheduler,
             source=lambda offset, length: self._read_blob(record, offset, length),

@@ -14,6 +14,7 @@ import pytest
 
 from layerstore.content import ContentStats, LayerContent, ObjectStore, Scheduler
 from layerstore.errors import ContentError, NetworkError
+from layerstore.formats.members import Packing, codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Chunk:
     digest: bytes
     member: int
     inner_offset: int
+    hole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Content:
     key: bytes
     first_chunk: int
     chunk_count: int
+
+    @property
+    def plain(self) -> bool:
+        return self.chunk_count == 1
 
 
 class FakeLayer:
@@ -215,6 +221,7 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
                 digest=hashlib.sha256(layer.blob).hexdigest(),
                 size=len(layer.blob),
                 toc_offset=layer.toc_offset,
+                codec=codec(Packing.GZIP),
                 objects=objects,
                 scheduler=scheduler,
                 source=source,

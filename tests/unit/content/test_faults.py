@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from layerstore.content import Priority, ingest
+from layerstore.content import Priority
 from layerstore.content.flight import FlightPlan
 from layerstore.content.pace import Pace
 from layerstore.errors import ContentError, StorageError
-from layerstore.formats import decompress_member
+from layerstore.formats import decompress_member, members
 
 
 class Asked:
@@ -122,7 +122,7 @@ def test_wrong_bytes_that_several_readers_meet_at_once_count_once(make_lab, monk
         together.wait(5)
         return real(data, limit=limit)
 
-    monkeypatch.setattr(ingest, "decompress_member", slow)
+    monkeypatch.setattr(members, "decompress_member", slow)
     refused: list[ContentError] = []
 
     def read() -> None:
@@ -136,7 +136,7 @@ def test_wrong_bytes_that_several_readers_meet_at_once_count_once(make_lab, monk
         reader.start()
     for reader in readers:
         reader.join()
-    monkeypatch.setattr(ingest, "decompress_member", real)
+    monkeypatch.setattr(members, "decompress_member", real)
     assert len(refused) == 3
     assert lab.content.stats.failed_units == 1
     assert lab.read(0) == b"A" * 100

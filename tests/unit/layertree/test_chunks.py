@@ -246,8 +246,16 @@ REFUSED: dict[str, tuple[list[TocEntry], type[Exception]]] = {
     ),
     "same place": (two({}, {"offset": 100}), InvalidLayer),
     "overlap in the member": (two({}, {"offset": 100, "inner_offset": 3}), InvalidLayer),
-    "zeros": (one(chunk_type="zeros"), UnsupportedFormat),
-    "zeros later": (two({}, {"chunk_type": "zeros"}), UnsupportedFormat),
+    "unknown type": (one(chunk_type="ones"), UnsupportedFormat),
+    "unknown type later": (two({}, {"chunk_type": "ones"}), UnsupportedFormat),
+    "ends before it begins": (one(end_offset=1), InvalidLayer),
+    "ends behind the TOC": (one(end_offset=1 << 62), InvalidLayer),
+    "a hole too small": (one(chunk_type="zeros", chunk_size=9), InvalidLayer),
+    "a hole too large": (two({}, {"chunk_type": "zeros", "chunk_size": 7}), InvalidLayer),
+    "a hole without end": (
+        one(chunk_type="zeros", size=(limits.HOLE_PIECES + 1) << 30, chunk_size=0),
+        LimitExceeded,
+    ),
     "too small, then another file": (
         [*one(chunk_size=9), TocEntry(name="g", type="reg")],
         InvalidLayer,
@@ -277,6 +285,37 @@ def test_overlap_of_different_files(toc: Any) -> None:
 def test_a_toc_outside_its_blob(toc: Any, toc_offset: int, blob_size: int) -> None:
     with pytest.raises(InvalidLayer):
         toc.build([], toc_offset, blob_size)
+
+
+def test_holes_are_in_no_member(toc: Any) -> None:
+    entries = [
+        TocEntry(name="a", type="reg", size=10, offset=100, chunk_size=4, chunk_digest=DIGEST),
+        TocEntry(name="a", type="chunk", offset=200, chunk_offset=4, chunk_type="zeros"),
+        TocEntry(name="b", type="reg", size=5, chunk_type="zeros"),
+        TocEntry(name="c", type="reg", size=3 << 30, chunk_type="zeros"),
+        TocEntry(name="d", type="reg", size=1, offset=300, chunk_digest=DIGEST),
+    ]
+    index = toc.build(entries)
+    holes = [number for number in range(index.chunks) if index.chunk(number).hole]
+    assert holes == [1, 2, 3, 4, 5]
+    assert [index.chunk(number).size for number in holes] == [6, 5, 1 << 30, 1 << 30, 1 << 30]
+    assert index.members == 2
+    assert index.member(0) == Member(100, 300)
+    assert [index.member_chunks(number) for number in range(2)] == [[0], [6]]
+    contents = [index.content(entry_of(index, name)) for name in (b"a", b"b", b"c", b"d")]
+    assert [content and content.plain for content in contents] == [False, False, False, True]
+    assert len({content and content.key for content in contents}) == 4
+    assert index.content_bytes == 10 + 5 + (3 << 30) + 1
+
+
+def test_a_hole_is_the_same_whatever_digest_is_told_of_it(toc: Any) -> None:
+    keys = set()
+    for digest_text in ("", DIGEST):
+        index = toc.build(
+            [TocEntry(name="b", type="reg", size=5, chunk_type="zeros", chunk_digest=digest_text)]
+        )
+        keys.add(index.content(entry_of(index, b"b")).key)
+    assert len(keys) == 1
 
 
 def test_huge_sparse_sizes_are_counted_right(toc: Any) -> None:
