@@ -24,6 +24,18 @@ ZSTD_TARSPLIT_POSITION: Final = "io.github.containers.zstd-chunked.tarsplit-posi
 ZSTD_OLD_TOC_DIGEST: Final = "io.containers.zstd-chunked.manifest-checksum"
 ZSTD_OLD_TOC_POSITION: Final = "io.containers.zstd-chunked.manifest-position"
 
+TOC_NOTES: Final = frozenset(
+    {
+        ESTARGZ_TOC_DIGEST,
+        ZSTD_TOC_DIGEST,
+        ZSTD_TOC_POSITION,
+        ZSTD_TARSPLIT_POSITION,
+        ZSTD_OLD_TOC_DIGEST,
+        ZSTD_OLD_TOC_POSITION,
+    }
+)
+"""The keys that lead to a layer's TOC and say how to verify it."""
+
 _SIZE_DIGITS: Final = 18  # below 2**63
 
 

@@ -1,6 +1,6 @@
 """The protocol of additional layer stores: names, dialects, info, use counts, state."""
 
-from layerstore.provider.info import Dialect
+from layerstore.provider.dialect import Dialect
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.memory import limit_arenas
 from layerstore.provider.refusal import Refusal

@@ -12,10 +12,11 @@ import dataclasses
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from layerstore import limits
 from layerstore.errors import ContentError, LayerstoreError, NotFound
+from layerstore.formats.announced import announced
 from layerstore.image import (
     Descriptor,
     Digest,
@@ -26,9 +27,8 @@ from layerstore.image import (
     Reference,
     parse_config,
     parse_manifest,
-    toc_digest,
 )
-from layerstore.provider.info import Dialect
+from layerstore.provider.dialect import Dialect
 from layerstore.provider.refusal import NO_DIFF_ID, NOT_IN_IMAGE, UNKNOWN_LAYER, Refusal
 from layerstore.provider.state import Document, State
 from layerstore.registry import RegistryClient
@@ -96,15 +96,43 @@ class Images:
 
     def diff_id(self, match: Match, deadline: float) -> Digest:
         """The DiffID that the image's config gives for the layer."""
-        config = self._config(match.reference, match.manifest, deadline)
-        if len(config.diff_ids) != len(match.manifest.layers):
+        return self._diff_ids(match.reference, match.manifest, deadline)[match.number]
+
+    def chosen(
+        self, reference: Reference, platforms: Collection[Platform] | None, deadline: float
+    ) -> list[tuple[Manifest, tuple[Digest, ...]]]:
+        """The images of a reference as it stands now, each with the DiffIDs of its layers.
+
+        Those of an index that suit one of ``platforms`` best, or all of them.  Raises NotFound
+        if none does, Refusal, and what the registry raised.
+        """
+        top = self._refresh(str(reference), reference, deadline)
+        document = self._document(reference, top, deadline, fetch=True)
+        if isinstance(document, Manifest):
+            manifests = [document]
+        elif platforms is None:
+            manifests = list(self._manifests(reference, top, deadline, fetch=True))
+        else:
+            entries = {platform: document.select(platform) for platform in platforms}
+            for platform, entry in entries.items():
+                if entry is None:
+                    raise NotFound(f"no image for {platform}", subject=str(reference))
+            wanted = dict.fromkeys(entry.digest for entry in entries.values() if entry is not None)
+            inner = (self._document(reference, one, deadline, fetch=True) for one in wanted)
+            manifests = [one for one in inner if isinstance(one, Manifest)]
+        return [(one, self._diff_ids(reference, one, deadline)) for one in manifests]
+
+    def _diff_ids(
+        self, reference: Reference, manifest: Manifest, deadline: float
+    ) -> tuple[Digest, ...]:
+        config = self._config(reference, manifest, deadline)
+        if len(config.diff_ids) != len(manifest.layers):
             raise Refusal(
                 NO_DIFF_ID,
-                f"config has {len(config.diff_ids)} diff IDs for"
-                f" {len(match.manifest.layers)} layers",
-                subject=str(match.reference),
+                f"config has {len(config.diff_ids)} diff IDs for {len(manifest.layers)} layers",
+                subject=str(reference),
             )
-        return config.diff_ids[match.number]
+        return config.diff_ids
 
     def _refresh(self, reference: str, parsed: Reference, deadline: float) -> Digest:
         """Resolve the reference at the registry, at most once in a while."""
@@ -213,6 +241,6 @@ class Images:
 
 def _announced_toc(layer: Descriptor) -> Digest | None:
     try:
-        return toc_digest(layer.annotations)
+        return announced(layer).toc_digest
     except ContentError:
         return None

@@ -5,56 +5,74 @@ dialect L (containers/storage < 1.54) looks layers up by blob digest and needs
 ``diff-digest`` and the exact ``diff-size``; one of dialect T (>= 1.54) looks them
 up by TOC digest, demands ``toc-digest`` back, and takes the DiffID for export from
 the flag ``expected-layer-diffid``.  Nothing else is ever stated: every key would
-be believed.
+be believed, and a client reuses layers by what it believes, for any image.
 """
 
 from __future__ import annotations
 
-import enum
+from typing import Final
 
 import msgspec
 
-from layerstore.image import Digest
+from layerstore.formats.announced import Form
+from layerstore.image import Descriptor, Digest, uncompressed_size
+from layerstore.provider.refusal import NO_SIZE, Refusal
+from layerstore.provider.state import LayerRecord
 
-_GZIP = 2  # containers/storage archive.Compression
+# containers/storage archive.Compression
+_COMPRESSION: Final = {
+    Form.ESTARGZ: 2,
+    Form.TAR: 0,
+    Form.TAR_GZIP: 2,
+    Form.ZSTD_CHUNKED: 4,
+    Form.ZSTD_CHUNKED_V0: 4,
+    Form.TAR_ZSTD: 4,
+}
 
 
-class Dialect(enum.StrEnum):
-    """How a client names layers."""
+def diff_size(record: LayerRecord, descriptor: Descriptor) -> int | None:
+    """Exact length in bytes of the layer's tar stream, None if nothing tells it.
 
-    LAYER = "L"
-    TOC = "T"
+    As it was found in the whole blob, as the tar-split gives it, or as the manifest says.
+    """
+    if record.verified:
+        return record.diff_size
+    if record.tar_length is not None:
+        return record.tar_length
+    return uncompressed_size(descriptor.annotations)
 
 
-def layer_info(
-    *, diff_id: Digest, diff_size: int, compressed_size: int, verified_digest: Digest | None
-) -> bytes:
+def layer_info(record: LayerRecord, diff_id: Digest, descriptor: Descriptor) -> bytes:
     """``info`` of dialect L.
 
-    ``verified_digest`` is the blob digest if the whole blob was checked against it:
-    a client reuses layers by it later, for any image.
+    ``diff_id`` is the one that the image's config states; the blob digest is claimed only if
+    all that is said of the layer was checked.  Raises Refusal without a size.
     """
-    info: dict[str, object] = {}
-    if verified_digest is not None:
-        info["compressed-diff-digest"] = verified_digest
-    info |= {
-        "compressed-size": compressed_size,
-        "diff-digest": diff_id,
-        "diff-size": diff_size,
-        "compression": _GZIP,
+    size = diff_size(record, descriptor)
+    if size is None:
+        raise Refusal(NO_SIZE, "nothing tells the layer's uncompressed size")
+    return _encode(record, {"diff-digest": diff_id, "diff-size": size})
+
+
+def toc_info(record: LayerRecord, diff_id: Digest) -> bytes:
+    """``info`` of dialect T.
+
+    ``diff-digest`` becomes the layer's trusted DiffID, so it is stated only if it was found in
+    the whole blob; as ``expected-layer-diffid`` a client checks it.
+    """
+    known: dict[str, object] = {
+        "diff-size": -1,
+        "toc-digest": record.toc_digest,
+        "flags": {"expected-layer-diffid": diff_id},
     }
-    return msgspec.json.encode(info, enc_hook=str)
+    if record.verified:
+        known |= {"diff-digest": diff_id, "diff-size": record.diff_size}
+    return _encode(record, known)
 
 
-def toc_info(*, toc_digest: Digest, diff_id: Digest, compressed_size: int) -> bytes:
-    """``info`` of dialect T."""
-    return msgspec.json.encode(
-        {
-            "compressed-size": compressed_size,
-            "diff-size": -1,
-            "compression": _GZIP,
-            "toc-digest": toc_digest,
-            "flags": {"expected-layer-diffid": diff_id},
-        },
-        enc_hook=str,
-    )
+def _encode(record: LayerRecord, more: dict[str, object]) -> bytes:
+    info: dict[str, object] = {}
+    if record.verified:
+        info["compressed-diff-digest"] = record.blob_digest
+    info |= {"compressed-size": record.size, "compression": _COMPRESSION[record.form]}
+    return msgspec.json.encode(info | more, enc_hook=str)

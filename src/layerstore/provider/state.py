@@ -26,7 +26,7 @@ from layerstore.errors import StorageError
 from layerstore.formats.announced import Form
 from layerstore.image import Digest
 from layerstore.provider import names
-from layerstore.provider.info import Dialect
+from layerstore.provider.dialect import Dialect
 
 _VERSION = 2
 _LAYERS = """
@@ -34,7 +34,7 @@ CREATE TABLE {name} (
     slot INTEGER PRIMARY KEY AUTOINCREMENT,
     blob_digest TEXT NOT NULL, toc_digest TEXT NOT NULL, diff_id TEXT NOT NULL,
     size INTEGER NOT NULL, toc_offset INTEGER NOT NULL,
-    form TEXT NOT NULL, notes TEXT NOT NULL,
+    form TEXT NOT NULL, notes TEXT NOT NULL, tar_length INTEGER,
     complete INTEGER NOT NULL DEFAULT 0, diff_size INTEGER NOT NULL DEFAULT -1,
     quarantine TEXT NOT NULL DEFAULT '',
     UNIQUE (blob_digest, toc_digest, diff_id)
@@ -89,7 +89,8 @@ class LayerRecord:
     """An indexed layer, as those claim who published it; sizes and offsets in bytes of the blob.
 
     ``toc_digest`` is None for an ordinary layer, ``diff_id`` where no claim is known.  ``notes``
-    is a JSON object of those annotations of the descriptor that lead to the TOC.  ``diff_size``
+    is a JSON object of those annotations of the descriptor that lead to the TOC; ``tar_length``
+    is what a tar-split says of the tar stream, None if there is none.  ``diff_size``
     is the exact length of the tar stream once all claims were ``verified`` over the whole blob,
     else -1; ``quarantine`` says why one of them is false, else "".
     """
@@ -102,6 +103,7 @@ class LayerRecord:
     toc_offset: int
     form: Form
     notes: str = ""
+    tar_length: int | None = None
     diff_size: int = -1
     quarantine: str = ""
 
@@ -164,13 +166,25 @@ class State:
         self._layers: dict[int, LayerRecord] = {}
         self._complete: set[int] = set()
         self._slots: dict[tuple[str, str, str], int] = {}
-        for slot, blob, toc, diff_id, size, at, form, notes, complete, *facts in self._db.execute(
+        for (
+            slot,
+            blob,
+            toc,
+            diff_id,
+            size,
+            at,
+            form,
+            notes,
+            tar,
+            complete,
+            *facts,
+        ) in self._db.execute(
             "SELECT slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes,"
-            " complete, diff_size, quarantine FROM layers"
+            " tar_length, complete, diff_size, quarantine FROM layers"
         ):
             self._layers[slot] = LayerRecord(
                 slot, Digest(blob), Digest(toc) if toc else None,
-                Digest(diff_id) if diff_id else None, size, at, Form(form), notes, *facts,
+                Digest(diff_id) if diff_id else None, size, at, Form(form), notes, tar, *facts,
             )  # fmt: skip
             self._slots[blob, toc, diff_id] = slot
             if complete:
@@ -275,6 +289,7 @@ class State:
         toc_offset: int,
         form: Form,
         notes: str = "",
+        tar_length: int | None = None,
     ) -> LayerRecord:
         """A record for the layer, with a slot of its own; a known one is returned as it is."""
         with self._lock:
@@ -283,15 +298,16 @@ class State:
                 return known
             cursor = self._write(
                 "INSERT INTO layers (blob_digest, toc_digest, diff_id, size, toc_offset, form,"
-                " notes) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                " notes, tar_length) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 blob_digest, toc_digest or "", diff_id or "", size, toc_offset, form.value, notes,
+                tar_length,
             )  # fmt: skip
             slot = cursor.lastrowid or 0
             if slot >= names.SLOTS:
                 self._write("DELETE FROM layers WHERE slot = ?", slot)
                 raise StorageError("no layer slot is free any more", subject=str(self._path))
             record = LayerRecord(
-                slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes
+                slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes, tar_length
             )
             self._layers[slot] = record
             self._slots[blob_digest, toc_digest or "", diff_id or ""] = slot

@@ -19,13 +19,14 @@ from pathlib import Path
 from layerstore import limits
 from layerstore.content import ObjectStore, Scheduler
 from layerstore.errors import LayerstoreError, NetworkError, StorageError
-from layerstore.image import Digest, uncompressed_size
+from layerstore.image import Digest
 from layerstore.provider import names
+from layerstore.provider.dialect import Dialect
 from layerstore.provider.images import Images, Match
-from layerstore.provider.info import Dialect, layer_info, toc_info
+from layerstore.provider.info import layer_info, toc_info
 from layerstore.provider.layers import Layers
 from layerstore.provider.loader import Loader, announced_toc
-from layerstore.provider.refusal import BUSY, NO_SIZE, REPEATED, Refusal
+from layerstore.provider.refusal import BUSY, REPEATED, Refusal
 from layerstore.provider.state import State, View
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
@@ -211,22 +212,11 @@ class Store:
         record = self._loader.load(match.reference, match.descriptor, diff_id, deadline)
         self.layers.add_reference(record.slot, match.reference)
         self.layers.open(record.slot)
-        if match.dialect is Dialect.TOC:
-            info = toc_info(
-                toc_digest=record.toc_digest or name, diff_id=diff_id, compressed_size=record.size
-            )
-        else:
-            diff_size = uncompressed_size(match.descriptor.annotations)
-            if diff_size is None:
-                raise Refusal(NO_SIZE, "the manifest does not tell the layer's uncompressed size")
-            info = layer_info(
-                diff_id=diff_id,
-                diff_size=diff_size,
-                compressed_size=record.size,
-                verified_digest=(
-                    record.blob_digest if self._state.is_complete(record.slot) else None
-                ),
-            )
+        info = (
+            toc_info(record, diff_id)
+            if match.dialect is Dialect.TOC
+            else layer_info(record, diff_id, match.descriptor)
+        )
         view = self._state.add_view(reference, name, match.dialect, record.slot, info)
         _log.info(
             "event=lookup-resolved reference=%s layer=%s dialect=%s slot=%d",

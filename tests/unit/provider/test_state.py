@@ -9,7 +9,7 @@ from layerstore.errors import StorageError
 from layerstore.formats.announced import Form
 from layerstore.image import Digest
 from layerstore.provider import names
-from layerstore.provider.info import Dialect
+from layerstore.provider.dialect import Dialect
 from layerstore.provider.state import Document, LayerRecord, State
 
 A, B, C, D = (Digest("sha256:" + c * 64) for c in "abcd")

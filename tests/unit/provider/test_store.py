@@ -216,7 +216,7 @@ def claim_zstd(manifest):
         (spoil_toc_digest, "verification"),
         (drop_annotations, "no-toc-annotation"),
         (drop_size, "no-uncompressed-size"),
-        (claim_zstd, "unsupported-format"),
+        (claim_zstd, "bad-toc-annotation"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused_with_its_reason(
