@@ -7,6 +7,7 @@ opaque directories by extended attribute) are already applied.
 
 from .compiler import IndexSummary, build_index
 from .index import ROOT, Child, Chunk, FileContent, Inode, LayerIndex, Member
+from .names import clean_path
 
 __all__ = [
     "ROOT",
@@ -18,4 +19,5 @@ __all__ = [
     "LayerIndex",
     "Member",
     "build_index",
+    "clean_path",
 ]
