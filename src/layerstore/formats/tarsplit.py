@@ -82,10 +82,7 @@ class TarSplitWriter:
 
     def file(self, name: bytes, size: int, crc: int) -> None:
         """An entry by its name in the archive, after its content of ``size`` bytes."""
-        path = _clean(name)
-        if len(path) > _SHORT:
-            # All paths of a layer are remembered, and an archive may make each 4 KiB long.
-            path = hashlib.blake2b(path, digest_size=_SHORT + 1).digest()
+        path = _remembered(name)
         if path in self._seen:
             raise InvalidLayer(
                 "the archive has this path twice, and then no engine can give the layer back",
@@ -102,6 +99,10 @@ class TarSplitWriter:
             parts.append(b',"payload":null')
         parts.append(b',"position":%d}\n' % self._position)
         self._line(b"".join(parts))
+
+    def has(self, name: bytes) -> bool:
+        """Whether there was an entry of this path."""
+        return _remembered(name) in self._seen
 
     def close(self) -> None:
         """Write what is left; ``out`` stays open."""
@@ -132,6 +133,14 @@ def _named(name: bytes) -> bytes:
     quoted = json.dumps(text, ensure_ascii=False)
     escaped = _GO_ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
     return b',"name":%b' % escaped.encode()
+
+
+def _remembered(name: bytes) -> bytes:
+    path = _clean(name)
+    if len(path) > _SHORT:
+        # All paths of a layer are remembered, and an archive may make each 4 KiB long.
+        path = hashlib.blake2b(path, digest_size=_SHORT + 1).digest()
+    return path
 
 
 def _clean(name: bytes) -> bytes:

@@ -13,8 +13,9 @@ stream back bit by bit, so the diff ID stays what it was; a lazy reader takes a 
 
 containers/storage compares the TOC with the headers in the tar-split, as Go's
 ``archive/tar`` reads them, and refuses the layer when they differ.  Where JSON cannot hold
-what Go reads there (a name that is no UTF-8) or containers/storage does not know an entry of
-that kind, the tar-split is left out: then it fetches the whole layer, as it does of any
+what Go reads there (a name that is no UTF-8), or containers/storage does not know an entry of
+that kind or fails on it (a hard link to a pipe or device, a file beside its own whiteout: Podman
+5.4.2 cannot pull what it wrote itself), the tar-split is left out: then it fetches the whole layer, as it does of any
 other image, and lazy readers lose nothing.
 
 The same input and options give the same bytes, whatever the number of threads.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import posixpath
 import struct
 import sys
 import threading
@@ -39,7 +41,15 @@ from layerstore import limits
 from layerstore.errors import LimitExceeded, UsageError
 from layerstore.formats.chunking import DEFAULT_CHUNK_BYTES, Chunker
 from layerstore.formats.tarsplit import TarSplitWriter, crc64
-from layerstore.formats.tarstream import BLOCK, TarEntry, TarReader
+from layerstore.formats.tarstream import (
+    BLOCK,
+    BLOCK_DEVICE,
+    CHARACTER,
+    FIFO,
+    HARD_LINK,
+    TarEntry,
+    TarReader,
+)
 from layerstore.formats.zstdentry import ZstdEntry, go_reads_the_same, zstd_entry
 from layerstore.image import Digest
 from layerstore.image.annotations import (
@@ -69,6 +79,8 @@ _BATCH_BYTES: Final = 1 * limits.MIB  # uncompressed bytes handed to a thread at
 _HEADER_RUN_BYTES: Final = 1 * limits.MIB  # of headers in one frame
 _TRAILER_BYTES: Final = 1 * limits.MIB
 _CLOSE: Final = -1
+_WHITEOUT: Final = b".wh."
+_SPECIAL: Final = (CHARACTER, BLOCK_DEVICE, FIFO)
 
 Progress = Callable[[int], None]
 
@@ -172,6 +184,8 @@ class _Writer:
         self._split = TarSplitWriter(self._split_bytes, zstd.ZstdCompressor(level=level))
         self._splits = True  # whether containers/storage will find TOC and tar-split the same
         self._entries = 0
+        self._special: set[bytes] = set()  # paths of pipes and devices
+        self._whiteouts: list[bytes] = []  # paths that are whited out
 
     def run(self) -> ZstdChunkedResult:
         while (entry := self._reader.next()) is not None:
@@ -181,13 +195,28 @@ class _Writer:
             raw = self._tap.raw()
             self._blob.headers(raw)
             self._split.segment(raw)
-            self._splits = self._splits and go_reads_the_same(entry)
+            self._splits = (
+                self._splits and go_reads_the_same(entry) and not self._links_special(entry)
+            )
+            directory, slash, name = entry.name.rpartition(b"/")
+            if name.startswith(_WHITEOUT):
+                self._whiteouts.append(directory + slash + name.removeprefix(_WHITEOUT))
             self._entry(entry)
         self._trailer()
         self._split.close()
+        if self._splits and any(self._split.has(path) for path in self._whiteouts):
+            self._splits = False
         self._splits = self._splits and self._split.size <= limits.TOC_BYTES
         split = self._split_bytes.getvalue() if self._splits else None
         return self._blob.finish(self._tap, split, self._split.size, self._level)
+
+    def _links_special(self, entry: TarEntry) -> bool:
+        """Whether this is a hard link to a pipe or device."""
+        if entry.type in _SPECIAL:
+            self._special.add(_absolute(entry.name))
+        elif entry.type == HARD_LINK and self._special:
+            return _absolute(entry.link_name) in self._special
+        return False
 
     def _entry(self, entry: TarEntry) -> None:
         toc = zstd_entry(entry)
@@ -226,6 +255,10 @@ class _Writer:
                 break
             raw = self._tap.raw()
         self._splits = self._splits and self._tap.position % BLOCK == 0
+
+
+def _absolute(name: bytes) -> bytes:
+    return posixpath.normpath(b"/" + name.lstrip(b"/"))
 
 
 @dataclass(slots=True)

@@ -240,10 +240,26 @@ PLAIN = pack(tars.regular(b"f", b"x"))
         with_field(PLAIN, 329, b"0000001"),
         with_field(pack(tars.symlink(b"link", b"to")), 124, b"00000000001"),
         tars._extension(b"g", b"pax_global_header", b"13 comment=x\n") + PLAIN,
+        pack(tars.Member(b"pipe", tars.FIFO), tars.hard_link(b"link", b"./pipe")),
+        pack(tars.whiteout(b"a/f"), tars.regular(b"a/f", b"x")),
+        pack(tars.regular(b"f", b"x"), tars.whiteout(b"f")),
         PLAIN + b"behind the end",
         PLAIN + bytes(100),
     ],
-    ids=["name", "link", "type", "linkname", "device", "size", "global", "trailer", "odd-end"],
+    ids=[
+        "name",
+        "link",
+        "type",
+        "linkname",
+        "device",
+        "size",
+        "global",
+        "link-to-pipe",
+        "whiteout",
+        "whiteout-after",
+        "trailer",
+        "odd-end",
+    ],
 )
 def test_what_containers_storage_would_refuse_gets_no_tar_split(tar: bytes) -> None:
     result, blob = write(tar)
