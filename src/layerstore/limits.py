@@ -100,6 +100,7 @@ FAILURE_SECONDS: Final = 5.0  # a failed resolution is remembered this long at m
 UNREACHABLE_SECONDS: Final = 15.0  # lookups of an image whose registry gave no answer rest so long
 TRANSIENT_NAMES: Final = 65_536  # reference and layer names remembered without a layer
 EXTERNAL_TOC_SECONDS: Final = 30.0  # the contents of an image of TOCs are remembered so long
+CHECKPOINT_MIN_BYTES: Final = 8 * MIB  # of a gzip blob in which places to enter are looked for
 EAGER_SECONDS: Final = 15.0  # a lookup waits so long for an ordinary layer, if told to wait
 EAGER_SECONDS_MAX: Final = RESOLVE_SECONDS - 1.0
 INGEST_WORKERS: Final = 2  # ordinary layers that somebody waits for, at once

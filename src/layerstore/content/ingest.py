@@ -17,7 +17,6 @@ from layerstore.content.objects import ObjectStore, PartialObject
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.errors import InvalidLayer, StorageError, VerificationError
-from layerstore.formats import LayerStream
 from layerstore.formats.compression import Readable
 from layerstore.formats.members import MemberCodec
 
@@ -90,7 +89,7 @@ class Ingester:
                 plain[chunk.inner_offset : chunk.inner_offset + chunk.size] for _, chunk in chunks
             )
         else:
-            payloads = _streamed(data, [chunk for _, chunk in chunks])
+            payloads = _streamed(self._codec.stream(member, data), [chunk for _, chunk in chunks])
         for (number, chunk), payload in zip(chunks, payloads, strict=True):
             if len(payload) != chunk.size:
                 raise InvalidLayer(f"chunk {number} is shorter than {chunk.size} bytes")
@@ -145,9 +144,8 @@ class Ingester:
             _log.warning("event=file-not-published layer=%s error=%s", self._name, error)
 
 
-def _streamed(data: Readable, chunks: list[Chunk]) -> Iterator[memoryview]:
-    """The contents of chunks, which are sorted, out of a compressed stream."""
-    stream = LayerStream(data)
+def _streamed(stream: Readable, chunks: list[Chunk]) -> Iterator[memoryview]:
+    """The contents of chunks, which are sorted, out of an uncompressed stream."""
     position = 0
     for chunk in chunks:
         while position < chunk.inner_offset:

@@ -20,7 +20,9 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
@@ -50,6 +52,46 @@ class PartialObject:
         """Store a verified chunk; True if it was the last one missing."""
         _write_all(self.file.fd, data, offset)
         return self.present.set(number) and self.present.full
+
+
+class ObjectWriter:
+    """An object under way; forgotten unless it is published.  Raises StorageError."""
+
+    def __init__(self, temporary: str, path: Callable[[bytes], str]) -> None:
+        self._temporary = temporary
+        self._path = path
+
+    def __enter__(self) -> Self:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self._temporary, flags, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot store: {error.strerror}") from error
+        self._size = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        _unlink_quietly(self._temporary)
+
+    def write(self, data: bytes) -> None:
+        """The next bytes."""
+        try:
+            _write_all(self._fd, data, self._size)
+        except OSError as error:
+            raise StorageError(f"cannot store: {error.strerror}") from error
+        self._size += len(data)
+
+    def publish(self, digest: bytes) -> None:
+        """What was written is the object whose SHA-256 the caller has checked."""
+        target = self._path(digest)
+        if os.path.exists(target):
+            return
+        try:
+            os.fdatasync(self._fd)
+            os.rename(self._temporary, target)
+        except OSError as error:
+            raise StorageError(f"cannot store: {error.strerror}", subject=target) from error
 
 
 class ObjectStore:
@@ -118,6 +160,10 @@ class ObjectStore:
         except OSError as error:
             _unlink_quietly(temporary)
             raise StorageError(f"cannot store: {error.strerror}", subject=target) from error
+
+    def writer(self) -> ObjectWriter:
+        """A large object that comes piece by piece; a context manager."""
+        return ObjectWriter(f"{self._temporary}/{next(self._counter):x}", self.path)
 
     def known_partial(self, key: bytes) -> PartialObject | None:
         """The partial object if it is open already; never touches the disk."""

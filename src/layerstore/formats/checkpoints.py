@@ -19,6 +19,7 @@ The file: header, table, windows, checksum; numbers are little-endian::
 from __future__ import annotations
 
 import hashlib
+import io
 import mmap
 import os
 import struct
@@ -157,29 +158,20 @@ class Checkpoints:
 
     def decompress(self, member: int, data: bytes | memoryview, *, needed: int) -> bytes:
         """See ``MemberCodec``."""
-        window = self._window(self._member_offset(member))
+        stream = self.stream(member, io.BytesIO(data))
         pieces = []
         missing = needed
-        rest: bytes | memoryview = data
         while missing:
-            stream = (
-                zlib.decompressobj(_RAW_WBITS, zdict=window)
-                if window
-                else zlib.decompressobj(_GZIP_WBITS)
-            )
-            try:
-                plain = stream.decompress(rest, missing)
-            except zlib.error as error:
-                raise InvalidLayer(f"the gzip stream is corrupt: {error}") from None
+            plain = stream.read(missing)
+            if not plain:
+                raise InvalidLayer(f"{len(data)} bytes of a gzip stream are too few")
             pieces.append(plain)
             missing -= len(plain)
-            if not missing:
-                break
-            rest = stream.unused_data[_GZIP_TRAILER_BYTES if window else 0 :]
-            if not stream.eof or not rest:
-                raise InvalidLayer(f"{len(data)} bytes of a gzip stream are too few")
-            window = b""
         return b"".join(pieces)
+
+    def stream(self, member: int, source: Readable) -> _Span:
+        """See ``MemberCodec``."""
+        return _Span(source, self._window(self._member_offset(member)))
 
     def _window(self, offset: int) -> bytes:
         number = bisect_right(range(self._count), offset, key=self._offset) - 1
@@ -190,6 +182,46 @@ class Checkpoints:
 
     def _offset(self, number: int) -> int:
         return int(_POINT.unpack_from(self._data, _HEADER.size + number * _POINT.size)[0])
+
+
+class _Span:
+    """The plain stream from a checkpoint on, through any number of gzip members."""
+
+    def __init__(self, source: Readable, window: bytes) -> None:
+        self._source = source
+        self._raw = bool(window)
+        self._stream = (
+            zlib.decompressobj(_RAW_WBITS, zdict=window)
+            if window
+            else zlib.decompressobj(_GZIP_WBITS)
+        )
+
+    def read(self, n: int, /) -> bytes:
+        try:
+            while True:
+                data = self._stream.unconsumed_tail
+                if self._stream.eof:
+                    data = self._next_member()
+                    if not data:
+                        return b""
+                elif not data:
+                    data = self._source.read(_INPUT_BYTES)
+                plain = self._stream.decompress(data, n)
+                if plain:
+                    return plain
+                if not data:
+                    return b""
+        except zlib.error as error:
+            raise InvalidLayer(f"the gzip stream is corrupt: {error}") from None
+
+    def _next_member(self) -> bytes:
+        rest = self._stream.unused_data
+        trailer = _GZIP_TRAILER_BYTES if self._raw else 0
+        while len(rest) <= trailer and (more := self._source.read(_INPUT_BYTES)):
+            rest += more
+        self._raw = False
+        self._stream = zlib.decompressobj(_GZIP_WBITS)
+        return rest[trailer:]
 
 
 def _checksum() -> hashlib.blake2b:

@@ -23,7 +23,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["Compression", "LayerStream", "Readable", "detect", "zstd"]
+__all__ = ["Compression", "LayerStream", "Prefixed", "Readable", "detect", "zstd"]
 
 _INPUT_BYTES: Final = 128 * 1024
 _GZIP_MAGIC: Final = b"\x1f\x8b\x08"
@@ -68,7 +68,7 @@ class LayerStream:
         while len(head) < 4 and (more := source.read(4 - len(head))):
             head += more
         self.compression = detect(head)
-        rewound = _Prefixed(head, source)
+        rewound = Prefixed(head, source)
         self._stream: Readable
         if self.compression is Compression.GZIP:
             self._stream = _Gzip(rewound)
@@ -82,25 +82,29 @@ class LayerStream:
         return self._stream.read(n)
 
 
-class _Prefixed:
+class Prefixed:
+    """A stream whose first bytes were read already."""
+
     def __init__(self, head: bytes, source: Readable) -> None:
         self._head = head
         self._source = source
 
     def read(self, n: int, /) -> bytes:
+        """See ``Readable``."""
         if self._head:
             given, self._head = self._head[:n], self._head[n:]
             return given
         return self._source.read(n)
 
     def readinto(self, target: bytearray | memoryview, /) -> int:
+        """Fill ``target`` as far as one read goes; how far it went."""
         data = self.read(len(target))
         target[: len(data)] = data
         return len(data)
 
 
 class _Gzip:
-    def __init__(self, source: _Prefixed) -> None:
+    def __init__(self, source: Prefixed) -> None:
         # isal declares no types here.  Of the source only read and readinto are called.
         opened = cast("Callable[..., Readable]", igzip.IGzipFile)
         self._file = opened(fileobj=source, mode="rb")

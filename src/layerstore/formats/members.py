@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from layerstore import limits
 from layerstore.errors import InvalidLayer
-from layerstore.formats.compression import zstd
+from layerstore.formats.compression import LayerStream, Readable, zstd
 from layerstore.formats.gzipmember import decompress_member
 
 
@@ -39,14 +39,24 @@ class MemberCodec(Protocol):
         """
         ...
 
+    def stream(self, member: int, source: Readable) -> Readable:
+        """The uncompressed bytes of a member too long to be held, and of what follows it."""
+        ...
+
 
 class _Gzip:
+    def stream(self, member: int, source: Readable) -> Readable:
+        return LayerStream(source)
+
     def decompress(self, member: int, data: bytes | memoryview, *, needed: int) -> bytes:
         return decompress_member(data, limit=needed + limits.MEMBER_SLACK_BYTES)
 
 
 class _Zstd:
     """Frames one after the other: a writer may close one where it likes."""
+
+    def stream(self, member: int, source: Readable) -> Readable:
+        return LayerStream(source)
 
     def decompress(self, member: int, data: bytes | memoryview, *, needed: int) -> bytes:
         frame = zstd.ZstdDecompressor()
@@ -77,6 +87,9 @@ class _Zstd:
 
 
 class _Tar:
+    def stream(self, member: int, source: Readable) -> Readable:
+        return source
+
     def decompress(self, member: int, data: bytes | memoryview, *, needed: int) -> memoryview:
         if len(data) < needed:
             raise InvalidLayer(f"a piece of the archive has {len(data)} bytes, not {needed}")

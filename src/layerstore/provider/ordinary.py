@@ -1,0 +1,451 @@
+"""Taking in an ordinary layer: its blob is streamed once, and is a lazily readable layer then.
+
+Three threads share the work: one brings the blob, hashes and stores it, one decompresses
+and hashes the tar stream, and the caller's turns the archive into objects and an index.
+What is published was checked over the whole stream: the blob's digest and size, and the
+diff ID.
+
+The index cuts files where the compressed stream can be entered: at checkpoints (gzip), at
+frames (zstd), anywhere (tar).  So when objects and blob are gone, a file is fetched again by
+a range, where the stream permits it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from layerstore import limits
+from layerstore.content import ObjectStore
+from layerstore.content.blob import BlobFile
+from layerstore.errors import (
+    ContentError,
+    LimitExceeded,
+    NetworkError,
+    StorageError,
+    VerificationError,
+)
+from layerstore.formats import Compression, LayerStream, TarEntry, TarReader
+from layerstore.formats.checkpoints import Checkpoint, CheckpointReader, write_checkpoints
+from layerstore.formats.compression import Prefixed, Readable, detect
+from layerstore.formats.members import Packing
+from layerstore.formats.tartoc import FileRead, Piece, tar_entries
+from layerstore.formats.zstdframes import FrameReader
+from layerstore.image import Digest
+from layerstore.layertree import LayerIndex, build_index
+
+_PIECE_BYTES: Final = 1 * limits.MIB  # handed from thread to thread
+_PIECES: Final = 4
+_CHUNK_BYTES: Final = 4 * limits.MIB
+_SPACING: Final = 4 * limits.MIB  # a window costs 14 KiB: a third of a percent
+_PACKINGS: Final = {
+    Compression.NONE: Packing.TAR,
+    Compression.GZIP: Packing.CHECKPOINTS,
+    Compression.ZSTD: Packing.ZSTD,
+}
+
+
+class Source(Protocol):
+    """The blob from byte ``start`` on; ``read`` gives b"" at its end."""
+
+    @property
+    def start(self) -> int: ...
+    def read(self, n: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class IngestedLayer:
+    """What was found; ``diff_size`` is the length of the tar stream in bytes."""
+
+    diff_id: Digest
+    diff_size: int
+    compression: Compression
+    entries: int
+
+
+def ingest_layer(
+    open_at: Callable[[int], Source],
+    directory: Path,
+    objects: ObjectStore,
+    *,
+    digest: Digest,
+    size: int,
+    diff_id: Digest | None,
+    progress: Callable[[int], None] = lambda _: None,
+    check: Callable[[], None] = lambda: None,
+) -> IngestedLayer:
+    """Stream a blob into ``directory`` (``blob``, ``index``, ``checkpoints``) and ``objects``.
+
+    ``open_at`` opens the blob from an offset on, again after a connection broke; ``progress``
+    is told numbers of its bytes; ``check`` is called often and stops the work by raising.
+
+    Raises VerificationError for wrong bytes, other errors of the content, NetworkError and
+    what ``open_at`` and ``check`` raise, and StorageError.  The directory is of no use then;
+    objects that were stored by then are right, whatever became of the layer.
+    """
+    path = directory / "blob"
+    try:
+        with path.open("xb", buffering=0) as out:
+            blob = _Blob(open_at, out.fileno(), digest, size, progress, check)
+            with blob, _Plain(blob) as plain:
+                archive = _Archive(plain, objects, check)
+                try:
+                    with (directory / "index").open("wb") as index:
+                        summary = build_index(
+                            tar_entries(archive.reader, archive.read_file),
+                            index,
+                            blob_size=size,
+                            toc_offset=size,
+                            packing=_PACKINGS[plain.compression()],
+                            member_bytes=limits.LAYER_BYTES,
+                        )
+                        index.flush()
+                        os.fsync(index.fileno())
+                    while plain.read(_PIECE_BYTES):
+                        check()
+                except ContentError:
+                    plain.drain()
+                    blob.verify()  # damage on the way is another fault than a bad image
+                    raise
+                blob.verify()
+        found = Digest(f"sha256:{plain.hash.hexdigest()}")
+        if diff_id not in (None, found):
+            raise VerificationError(
+                f"the config states diff ID {diff_id}, the layer has {found}",
+                subject=f"layer {digest}",
+                advice="the image contradicts itself: build or push it anew",
+            )
+        if plain.compression() is Compression.GZIP:
+            write_checkpoints(plain.points(), directory / "checkpoints")
+        with LayerIndex.open(directory / "index") as opened:
+            stored = BlobFile(path, opened, size, size)
+            for unit in range(stored.units):
+                stored.mark(unit)
+            stored.sync()
+    except OSError as error:
+        raise StorageError(f"cannot store: {error.strerror}", subject=str(directory)) from error
+    return IngestedLayer(found, plain.size, plain.compression(), summary.entries)
+
+
+class _StoppedError(Exception):
+    """The other end of a queue is gone."""
+
+
+class _Pieces:
+    """A bounded queue of bytes between two threads; an error of the first reaches the second."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[bytes | BaseException] = queue.Queue(_PIECES)
+        self._stopped = False
+        self._left = b""
+        self._end: BaseException | None = None
+
+    def put(self, data: bytes) -> None:
+        if self._stopped:
+            raise _StoppedError
+        self._queue.put(data)
+
+    def finish(self, error: BaseException | None) -> None:
+        self._queue.put(error or _StoppedError())
+
+    def read(self, n: int, /) -> bytes:
+        while not self._left:
+            if self._end is None:
+                got = self._queue.get()
+                if isinstance(got, bytes):
+                    self._left = got
+                    continue
+                self._end = got
+            if isinstance(self._end, _StoppedError):
+                return b""
+            raise self._end
+        if len(self._left) <= n:
+            data, self._left = self._left, b""
+            return data
+        data, self._left = self._left[:n], self._left[n:]
+        return data
+
+    def stop(self) -> None:
+        """Let the first thread end: nothing more is read."""
+        self._stopped = True
+        while self._end is None:
+            got = self._queue.get()
+            if not isinstance(got, bytes):
+                self._end = got
+
+
+class _Blob:
+    """Brings the blob in a thread: stored, hashed, and handed on."""
+
+    def __init__(
+        self,
+        open_at: Callable[[int], Source],
+        descriptor: int,
+        digest: Digest,
+        size: int,
+        progress: Callable[[int], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._open_at = open_at
+        self._descriptor = descriptor
+        self._digest = digest
+        self.announced = size
+        self._progress = progress
+        self._check = check
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._failed: BaseException | None = None
+        self.pieces = _Pieces()
+        self._thread = threading.Thread(target=self._run, name="ingest-blob", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.pieces.stop()
+        self._thread.join()
+
+    def verify(self) -> None:
+        """Wait for the end of the blob; VerificationError unless it is the announced one."""
+        while self.pieces.read(_PIECE_BYTES):
+            pass
+        actual = f"sha256:{self._hash.hexdigest()}"
+        if actual != self._digest:
+            raise VerificationError(
+                f"the blob has the digest {actual}", subject=f"layer {self._digest}"
+            )
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._bring()
+            os.fdatasync(self._descriptor)
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            failure = error
+        self.pieces.finish(failure)
+
+    def _bring(self) -> None:
+        attempt = 0
+        while self._size < self.announced:
+            before = self._size
+            try:
+                self._stream()
+            except NetworkError:
+                attempt = 1 if self._size > before else attempt + 1
+                if attempt >= limits.FETCH_ATTEMPTS:
+                    raise
+                pause = limits.BACKOFF_FIRST_SECONDS * 2**attempt
+                time.sleep(random.uniform(pause / 2, pause))
+
+    def _stream(self) -> None:
+        source = self._open_at(self._size)
+        try:
+            skip = self._size - source.start
+            while self._size < self.announced:
+                self._check()
+                data = source.read(_PIECE_BYTES)
+                if not data:
+                    raise NetworkError(f"the body ended {self.announced - self._size} bytes early")
+                if skip:
+                    data, skip = data[skip:], max(0, skip - len(data))
+                    if not data:
+                        continue
+                data = data[: self.announced - self._size]
+                self._hash.update(data)
+                _write(self._descriptor, data)
+                self._size += len(data)
+                self._progress(len(data))
+                self.pieces.put(data)
+        finally:
+            source.close()
+
+
+class _Plain:
+    """Decompresses in a thread: hashed, and handed on."""
+
+    def __init__(self, blob: _Blob) -> None:
+        self._blob = blob
+        self._pieces = _Pieces()
+        self._known = threading.Event()
+        self._compression = Compression.NONE
+        self._points: list[Checkpoint] = []
+        self.hash = hashlib.sha256()
+        self.size = 0
+        self._thread = threading.Thread(target=self._run, name="ingest-plain", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pieces.stop()
+        self._thread.join()
+
+    def compression(self) -> Compression:
+        """Waits for the first bytes."""
+        self._known.wait()
+        return self._compression
+
+    def read(self, n: int, /) -> bytes:
+        """The tar stream."""
+        return self._pieces.read(n)
+
+    def drain(self) -> None:
+        """Let the rest of the blob come by; nothing of it matters any more."""
+        with contextlib.suppress(ContentError):
+            while self.read(_PIECE_BYTES):
+                pass
+
+    def points(self) -> list[Checkpoint]:
+        """Where the compressed stream can be entered; it grows while the stream is read.
+
+        All that lie before the end of what ``read`` gave are there.
+        """
+        return self._points
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            stream = self._open()
+            self._known.set()
+            while data := stream.read(_PIECE_BYTES):
+                self.hash.update(data)
+                self.size += len(data)
+                if self.size > limits.LAYER_BYTES:
+                    raise LimitExceeded("the layer's tar stream is too long")
+                self._pieces.put(data)
+        except _StoppedError:
+            pass
+        except BaseException as error:
+            failure = error
+        self._known.set()
+        self._pieces.finish(failure)
+
+    def _open(self) -> Readable:
+        pieces = self._blob.pieces
+        head = b""
+        while len(head) < 4 and (more := pieces.read(_PIECE_BYTES)):
+            head += more
+        source = Prefixed(head, pieces)
+        self._compression = detect(head)
+        if self._compression is Compression.NONE:
+            return source
+        if self._compression is Compression.ZSTD:
+            frames = FrameReader(source, _SPACING)
+            self._points = frames.points
+            return frames
+        if self._blob.announced < limits.CHECKPOINT_MIN_BYTES:
+            self._points = [Checkpoint(0, 0, b"")]
+            return LayerStream(source)
+        reader = CheckpointReader(source, _SPACING)
+        self._points = reader.points
+        return reader
+
+
+class _Archive:
+    """The tar archive: each file an object, cut where the blob can be entered."""
+
+    def __init__(self, plain: _Plain, objects: ObjectStore, check: Callable[[], None]) -> None:
+        self._plain = plain
+        self._objects = objects
+        self._check = check
+        self._point = 0
+        self.reader = TarReader(plain)
+
+    def read_file(self, entry: TarEntry) -> FileRead:
+        """Read and store the payload of the entry at hand."""
+        self._check()
+        if entry.size > _CHUNK_BYTES:
+            return self._read_large(entry)
+        data = self.reader.read(entry.size)
+        if len(data) < entry.size:
+            pieces = [data]
+            missing = entry.size - len(data)
+            while missing:
+                pieces.append(self.reader.read(missing))
+                missing -= len(pieces[-1])
+            data = b"".join(pieces)
+        digest = hashlib.sha256(data).digest()
+        self._objects.put(digest, data)
+        return FileRead(digest, self._cut(entry.payload_offset, data, digest))
+
+    def _read_large(self, entry: TarEntry) -> FileRead:
+        running = hashlib.sha256()
+        pieces: list[Piece] = []
+        offset = entry.payload_offset
+        with self._objects.writer() as writer:
+            left = entry.size
+            while left:
+                self._check()
+                data = self.reader.read(min(_CHUNK_BYTES, left))
+                left -= len(data)
+                running.update(data)
+                writer.write(data)
+                pieces += self._cut(offset, data, None)
+                offset += len(data)
+            digest = running.digest()
+            writer.publish(digest)
+        return FileRead(digest, tuple(pieces))
+
+    def _cut(self, start: int, data: bytes, digest: bytes | None) -> tuple[Piece, ...]:
+        """Pieces of a file that begins ``start`` bytes into the tar stream."""
+        offset, plain_offset, end = self._span(start)
+        if start + len(data) <= end:
+            whole = digest or hashlib.sha256(data).digest()
+            return (Piece(len(data), whole, offset, start - plain_offset),)
+        pieces = []
+        view = memoryview(data)
+        while view:
+            offset, plain_offset, end = self._span(start)
+            piece = view[: end - start]
+            found = hashlib.sha256(piece).digest()
+            pieces.append(Piece(len(piece), found, offset, start - plain_offset))
+            start += len(piece)
+            view = view[len(piece) :]
+        return tuple(pieces)
+
+    def _span(self, at: int) -> tuple[int, int, int]:
+        """The member that holds byte ``at`` of the tar stream: where it begins, in the blob and
+        in the stream, and where it ends in the stream.
+        """
+        points = self._plain.points()
+        if not points:
+            start = at - at % _SPACING
+            return start, start, start + _SPACING
+        number = self._point
+        while number + 1 < len(points) and points[number + 1].plain_offset <= at:
+            number += 1
+        self._point = number
+        point = points[number]
+        end = points[number + 1].plain_offset if number + 1 < len(points) else limits.LAYER_BYTES
+        return point.offset, point.plain_offset, end
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
