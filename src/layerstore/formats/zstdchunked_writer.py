@@ -13,10 +13,12 @@ stream back bit by bit, so the diff ID stays what it was; a lazy reader takes a 
 
 containers/storage compares the TOC with the headers in the tar-split, as Go's
 ``archive/tar`` reads them, and refuses the layer when they differ.  Where JSON cannot hold
-what Go reads there (a name that is no UTF-8), or containers/storage does not know an entry of
-that kind or fails on it (a hard link to a pipe or device, a file beside its own whiteout: Podman
-5.4.2 cannot pull what it wrote itself), the tar-split is left out: then it fetches the whole layer, as it does of any
-other image, and lazy readers lose nothing.
+what Go reads there (a name that is no UTF-8), or a partial pull would give another tree than
+an ordinary one, the tar-split is left out: then the client fetches the whole layer, as it
+does of any other image, and lazy readers lose nothing.  Partial pulls of Podman 5.4.2 do so
+with the layers that it wrote itself: they leave out pipes and devices, and fail on hard links
+to them and on a file beside its own whiteout; a directory that has no entry gets the mode
+0000; capabilities are lost when the file has a hard link.
 
 The same input and options give the same bytes, whatever the number of threads.
 """
@@ -79,6 +81,7 @@ _BATCH_BYTES: Final = 1 * limits.MIB  # uncompressed bytes handed to a thread at
 _HEADER_RUN_BYTES: Final = 1 * limits.MIB  # of headers in one frame
 _TRAILER_BYTES: Final = 1 * limits.MIB
 _CLOSE: Final = -1
+_CAPABILITY: Final = b"security.capability"
 _WHITEOUT: Final = b".wh."
 _SPECIAL: Final = (CHARACTER, BLOCK_DEVICE, FIFO)
 
@@ -184,8 +187,9 @@ class _Writer:
         self._split = TarSplitWriter(self._split_bytes, zstd.ZstdCompressor(level=level))
         self._splits = True  # whether containers/storage will find TOC and tar-split the same
         self._entries = 0
-        self._special: set[bytes] = set()  # paths of pipes and devices
         self._whiteouts: list[bytes] = []  # paths that are whited out
+        self._parents: set[bytes] = set()
+        self._capable: set[bytes] = set()  # paths of files with capabilities
 
     def run(self) -> ZstdChunkedResult:
         while (entry := self._reader.next()) is not None:
@@ -196,27 +200,35 @@ class _Writer:
             self._blob.headers(raw)
             self._split.segment(raw)
             self._splits = (
-                self._splits and go_reads_the_same(entry) and not self._links_special(entry)
+                self._splits
+                and go_reads_the_same(entry)
+                and entry.type not in _SPECIAL
+                and not self._links_capable(entry)
             )
             directory, slash, name = entry.name.rpartition(b"/")
             if name.startswith(_WHITEOUT):
                 self._whiteouts.append(directory + slash + name.removeprefix(_WHITEOUT))
+            self._parents.add(directory if name else directory.rpartition(b"/")[0])
             self._entry(entry)
         self._trailer()
         self._split.close()
-        if self._splits and any(self._split.has(path) for path in self._whiteouts):
+        self._parents -= {b"", b"."}
+        has = self._split.has
+        if any(map(has, self._whiteouts)) or not all(map(has, self._parents)):
             self._splits = False
         self._splits = self._splits and self._split.size <= limits.TOC_BYTES
         split = self._split_bytes.getvalue() if self._splits else None
         return self._blob.finish(self._tap, split, self._split.size, self._level)
 
-    def _links_special(self, entry: TarEntry) -> bool:
-        """Whether this is a hard link to a pipe or device."""
-        if entry.type in _SPECIAL:
-            self._special.add(_absolute(entry.name))
-        elif entry.type == HARD_LINK and self._special:
-            return _absolute(entry.link_name) in self._special
-        return False
+    def _links_capable(self, entry: TarEntry) -> bool:
+        """Whether this is a hard link to a file with capabilities."""
+        if _CAPABILITY in entry.xattrs:
+            self._capable.add(_absolute(entry.name))
+        return (
+            entry.type == HARD_LINK
+            and bool(self._capable)
+            and _absolute(entry.link_name) in self._capable
+        )
 
     def _entry(self, entry: TarEntry) -> None:
         toc = zstd_entry(entry)

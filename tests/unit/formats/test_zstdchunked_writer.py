@@ -35,11 +35,9 @@ LAYER = (
     tars.symlink(b"sbin", b"bin"),
     tars.regular(b"empty"),
     tars.regular(b"set", b"id", mode=0o4755, xattrs={b"security.capability": b"\1\0\xff"}),
-    tars.Member(b"null", tars.CHARACTER, device=(1, 3)),
-    tars.Member(b"pipe", tars.FIFO),
     tars.regular("\xfcml\xe4ut".encode(), b"name", mtime_ns=1_600_000_000_123_456_789),
-    tars.regular(b"long/" * 60 + b"n", b"pax"),
-    tars.regular(b"gnu/" * 60 + b"n", b"gnu", form="gnu"),
+    tars.regular(b"long" * 60, b"pax"),
+    tars.regular(b"bin/" + b"gnu" * 80, b"gnu", form="gnu"),
     tars.whiteout(b"bin/gone"),
     tars.regular(b"sparse", bytes(300_000)),
 )
@@ -193,7 +191,6 @@ def test_metadata_is_what_go_reads() -> None:
     assert entries["set"]["xattrs"] == {"security.capability": "AQD/"}
     assert entries["\xfcml\xe4ut"]["modtime"] == "2020-09-13T12:26:40.123456789Z"
     assert entries["bin/link"]["linkName"] == "bin/big"
-    assert entries["null"]["devMinor"] == 3
     assert "userName" not in entries["set"]
     assert entries["sparse"]["digest"] == f"sha256:{hashlib.sha256(bytes(300_000)).hexdigest()}"
     assert "chunkType" not in entries["sparse"]  # one chunk: its digest says all
@@ -218,6 +215,12 @@ def test_times_of_1970_and_of_access_are_told() -> None:
     assert result.tar_split
 
 
+def test_devices_are_told() -> None:
+    result, blob = write(pack(tars.Member(b"null", tars.CHARACTER, device=(1, 3))))
+    (entry,) = toc(result, blob)["entries"]
+    assert (entry["type"], entry["devMajor"], entry["devMinor"]) == ("char", 1, 3)
+
+
 def with_field(tar: bytes, start: int, value: bytes) -> bytes:
     """The tar with another value in a field of its first header."""
     header = bytearray(tar[:512])
@@ -227,6 +230,7 @@ def with_field(tar: bytes, start: int, value: bytes) -> bytes:
     return bytes(header) + tar[512:]
 
 
+CAPABLE = tars.regular(b"f", b"x", xattrs={b"security.capability": b"\1"})
 PLAIN = pack(tars.regular(b"f", b"x"))
 
 
@@ -240,9 +244,12 @@ PLAIN = pack(tars.regular(b"f", b"x"))
         with_field(PLAIN, 329, b"0000001"),
         with_field(pack(tars.symlink(b"link", b"to")), 124, b"00000000001"),
         tars._extension(b"g", b"pax_global_header", b"13 comment=x\n") + PLAIN,
-        pack(tars.Member(b"pipe", tars.FIFO), tars.hard_link(b"link", b"./pipe")),
-        pack(tars.whiteout(b"a/f"), tars.regular(b"a/f", b"x")),
+        pack(tars.Member(b"pipe", tars.FIFO)),
+        pack(tars.Member(b"null", tars.CHARACTER, device=(1, 3))),
+        pack(CAPABLE, tars.hard_link(b"link", CAPABLE)),
+        pack(tars.directory(b"a"), tars.whiteout(b"a/f"), tars.regular(b"a/f", b"x")),
         pack(tars.regular(b"f", b"x"), tars.whiteout(b"f")),
+        pack(tars.directory(b"a/"), tars.regular(b"a/b/f", b"x")),
         PLAIN + b"behind the end",
         PLAIN + bytes(100),
     ],
@@ -254,9 +261,12 @@ PLAIN = pack(tars.regular(b"f", b"x"))
         "device",
         "size",
         "global",
-        "link-to-pipe",
+        "pipe",
+        "null",
+        "capable",
         "whiteout",
         "whiteout-after",
+        "parent",
         "trailer",
         "odd-end",
     ],
