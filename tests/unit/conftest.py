@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ class Asker:
     def __init__(self, root: Path, registry: SimRegistry) -> None:
         self.root = root
         self.registry = registry
-        self.options: dict[str, bool] = {"background": False}
+        self.options: dict[str, Any] = {"background": False}
         self.store = self.open()
 
     def open(self) -> Store:

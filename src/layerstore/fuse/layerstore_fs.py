@@ -21,7 +21,7 @@ from layerstore.errors import InvalidDigest, InvalidReference, LimitExceeded
 from layerstore.fuse import wire
 from layerstore.fuse.deferred import DeferredReader
 from layerstore.fuse.operations import Answer, Operations, xattr_answer, xattr_list_answer
-from layerstore.fuse.session import Request
+from layerstore.fuse.session import Request, Session
 from layerstore.image import Digest
 from layerstore.provider import Layer, Refusal, Store, View, names
 from layerstore.provider.names import Control
@@ -55,6 +55,20 @@ class StoreFilesystem(Operations):
     def read_errors(self) -> int:
         """How many reads failed."""
         return self._reader.errors
+
+    def forget_layer(self, session: Session, slot: int) -> None:
+        """Have the kernel forget what it keeps of a layer's contents.  Not for the loop thread:
+
+        the kernel waits for reads of these pages that are under way.
+        """
+        index = self._layers.index_of(slot)
+        views = self._store.views_of_slot(slot)
+        for entry in range(index.entries):
+            if stat.S_ISDIR(index.mode(entry)):
+                for view in views:
+                    session.invalidate_inode(names.layer_node(slot, entry, view.number))
+            else:
+                session.invalidate_inode(names.layer_node(slot, entry))
 
     # -- names -----------------------------------------------------------------------
 
@@ -99,6 +113,9 @@ class StoreFilesystem(Operations):
 
     def _lookup_child(self, request: Request, key: int, name: bytes) -> Answer:
         view = self._store.view(key)
+        if view is not None and self._store.quarantined(view):
+            self._store.refuse_quarantined(view)
+            return errno.EIO
         if view is not None:
             self._store.count_lookup("known")
             return self._child_entry(request, view, name)

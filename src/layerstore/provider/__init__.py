@@ -3,9 +3,23 @@
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.memory import limit_arenas
+from layerstore.provider.policy import DialectL, DiskRoom, Ordinary, Policy
 from layerstore.provider.refusal import Refusal
 from layerstore.provider.state import View
 from layerstore.provider.store import Store
 from layerstore.provider.workers import WorkerPool
 
-__all__ = ["Dialect", "Layer", "Layers", "Refusal", "Store", "View", "WorkerPool", "limit_arenas"]
+__all__ = [
+    "Dialect",
+    "DialectL",
+    "DiskRoom",
+    "Layer",
+    "Layers",
+    "Ordinary",
+    "Policy",
+    "Refusal",
+    "Store",
+    "View",
+    "WorkerPool",
+    "limit_arenas",
+]

@@ -1,13 +1,20 @@
-"""The layers that are served: index and contents, opened when first needed."""
+"""The layers that are served: index and contents, opened when first needed.
+
+Once all of a layer is here, what is claimed of it is checked (als-protocol, section 9): a
+lazily read layer is verified against its TOC, and blob digest, diff ID and tar stream are
+beyond that chain.  A layer of which anything is false is quarantined for good.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import BinaryIO
 
 from layerstore import limits
 from layerstore.content import ContentStats, LayerContent, ObjectStore, Priority, Scheduler
@@ -18,13 +25,19 @@ from layerstore.errors import (
     NetworkError,
     NotFound,
     RegistryError,
+    ServiceError,
     StorageError,
+    UnsupportedFormat,
+    VerificationError,
 )
-from layerstore.formats.members import codec
+from layerstore.formats.checkpoints import Checkpoints
+from layerstore.formats.members import MemberCodec, Packing, codec
 from layerstore.image import Reference
 from layerstore.layertree import LayerIndex
+from layerstore.provider.agreement import check_agreement
 from layerstore.provider.loader import Loader
 from layerstore.provider.state import LayerRecord, State
+from layerstore.provider.verifier import Verifier
 from layerstore.registry import BlobReader, RegistryClient
 
 _log = logging.getLogger(__name__)
@@ -57,10 +70,29 @@ class _Watched:
             raise
 
 
+class _Hashed:
+    """A file that is read once, and its digest."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._hash = hashlib.sha256()
+
+    def read(self, n: int, /) -> bytes:
+        data = self._stream.read(n)
+        self._hash.update(data)
+        return data
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the whole file."""
+        while self.read(limits.MIB):
+            pass
+        return self._hash.hexdigest()
+
+
 class Layers:
     """Open layers by slot.  Thread-safe.
 
-    ``prefetch`` and ``background`` say whether contents are fetched ahead of need and
+    ``rebuild`` makes a damaged index anew, see ``Loader.rebuild``.  ``prefetch`` and ``background`` say whether contents are fetched ahead of need and
     completed in the background.
     """
 
@@ -72,15 +104,19 @@ class Layers:
         scheduler: Scheduler,
         loader: Loader,
         *,
+        rebuild: Callable[[LayerRecord, tuple[Reference, ...]], None],
         prefetch: bool = True,
         background: bool = True,
     ) -> None:
         self.stats = ContentStats()
+        self.quarantined: Callable[[int], None] = lambda _: None
+        """Told the slot of a layer that was shown and is not any more."""
         self._state = state
         self._client = client
         self._objects = objects
         self._scheduler = scheduler
         self._loader = loader
+        self._rebuild = rebuild
         self._prefetch = prefetch
         self._background = background
         self._lock = threading.Lock()
@@ -88,6 +124,7 @@ class Layers:
         self._opening: dict[int, threading.Lock] = {}
         self._references: dict[int, list[Reference]] = {}
         self._completing: set[int] = set()
+        self._verifier = Verifier(self._verify)
         for view in state.views():
             if view.reference:
                 self.add_reference(view.slot, Reference.parse(view.reference))
@@ -123,7 +160,8 @@ class Layers:
     def open(self, slot: int) -> Layer:
         """The layer of a slot, opened now if need be: waits for the disk.
 
-        A damaged index is built anew.  Raises StorageError when that fails.
+        A damaged index is built anew.  Raises StorageError when that fails, and
+        VerificationError for a layer in quarantine.
         """
         layer = self._open.get(slot)
         if layer is not None:
@@ -136,9 +174,18 @@ class Layers:
                 record = self._state.layer(slot)
                 if record is None:
                     raise StorageError(f"slot {slot} holds no layer")
+                if record.quarantine:
+                    raise VerificationError(
+                        f"the layer is in quarantine: {record.quarantine}",
+                        subject=record.blob_digest,
+                    )
                 layer = self._open_record(record)
                 self._open[slot] = layer
         return layer
+
+    def index_of(self, slot: int) -> LayerIndex:
+        """The index of a layer, in quarantine or not; StorageError if it is damaged."""
+        return LayerIndex.open(self._loader.directory(slot) / "index")
 
     def _open_index(self, record: LayerRecord) -> LayerIndex:
         path = self._loader.directory(record.slot) / "index"
@@ -148,7 +195,7 @@ class Layers:
             _log.warning("event=index-damaged layer=%s error=%s", record.blob_digest, error)
         with self._lock:
             references = tuple(self._references.get(record.slot, ()))
-        self._loader.rebuild(record, references)
+        self._rebuild(record, references)
         return LayerIndex.open(path)
 
     def _open_record(self, record: LayerRecord) -> Layer:
@@ -161,9 +208,9 @@ class Layers:
             digest=record.blob_digest.hex,
             size=record.size,
             toc_offset=record.toc_offset,
-            codec=codec(index.packing),
             objects=self._objects,
             scheduler=self._scheduler,
+            codec=self._codec(record, index),
             source=lambda offset, length: self._read_blob(record, offset, length),
             distrust=lambda: self._ask_last(record.slot),
             stats=self.stats,
@@ -182,6 +229,12 @@ class Layers:
             self._state.set_complete(record.slot, False)
             self.complete(record.slot)
         return Layer(record, index, content)
+
+    def _codec(self, record: LayerRecord, index: LayerIndex) -> MemberCodec:
+        if index.packing is Packing.CHECKPOINTS:
+            path = self._loader.directory(record.slot) / "checkpoints"
+            return Checkpoints.open(path, lambda member: index.member(member).offset)
+        return codec(index.packing)
 
     def _read_blob(self, record: LayerRecord, offset: int, length: int) -> _Watched:
         """Open a range at the first place that gives it; a network failure is worth another try."""
@@ -215,7 +268,10 @@ class Layers:
 
     def complete(self, slot: int) -> None:
         """Fetch the whole layer in the background, unless it is complete."""
+        record = self._state.layer(slot)
         if not self._background or self._state.is_complete(slot):
+            return
+        if record is None or record.quarantine:
             return
         with self._lock:
             if slot in self._completing:
@@ -224,9 +280,28 @@ class Layers:
         self._queue_step(slot, limits.BACKGROUND_RETRY_SECONDS)
 
     def resume(self) -> None:
-        """After a start: go on completing layers that clients use."""
+        """After a start: go on completing and checking layers that clients use."""
         for slot in sorted({view.slot for view in self._state.views()}):
-            self.complete(slot)
+            if self._state.is_complete(slot):
+                self.mark_complete(slot)
+            else:
+                self.complete(slot)
+
+    def hasten(self, slot: int, done: Callable[[Exception | None], None]) -> None:
+        """Bring all of the layer here as fast as it goes, and have it checked.
+
+        ``done(error or None)`` is called once all of it is here; the check follows.
+        """
+        content = self.open(slot).content
+
+        def arrived(error: Exception | None) -> None:
+            if error is None:
+                self.mark_complete(slot)
+            else:
+                self._doubt(slot)
+            done(error)
+
+        content.fetch_blob(arrived)
 
     def _queue_step(self, slot: int, retry: float) -> None:
         self._scheduler.submit(Priority.BACKGROUND, lambda: self._step(slot, retry))
@@ -235,6 +310,8 @@ class Layers:
         try:
             more = self.open(slot).content.complete_step()
         except Exception as error:  # whatever it was, the layer is not given up
+            if self._doubt(slot):
+                return
             _log.warning(
                 "event=background-fetch-failed layer=%s retry_seconds=%.0f error=%s",
                 record.blob_digest if (record := self._state.layer(slot)) else slot, retry, error,
@@ -252,11 +329,86 @@ class Layers:
         self.mark_complete(slot)
 
     def mark_complete(self, slot: int) -> None:
-        """Remember that the layer needs no registry any more."""
+        """Remember that the layer needs no registry any more, and have it checked."""
+        record = self._state.layer(slot)
+        if record is None:
+            return
         if not self._state.is_complete(slot):
             self._state.set_complete(slot)
-            record = self._state.layer(slot)
-            _log.info("event=layer-complete layer=%s", record and record.blob_digest)
+            _log.info("event=layer-complete layer=%s", record.blob_digest)
+        if not record.verified and not record.quarantine:
+            self._verifier.submit(slot)
+
+    # -- trust -------------------------------------------------------------------------
+
+    def verified(self, slot: int) -> threading.Event:
+        """Set once a complete layer was checked, whatever came out."""
+        record = self._state.layer(slot)
+        if record is None or record.verified or record.quarantine:
+            done = threading.Event()
+            done.set()
+            return done
+        return self._verifier.submit(slot)
+
+    def _verify(self, slot: int) -> None:
+        """Check what is claimed of a complete layer."""
+        record = self._state.layer(slot)
+        if record is None or record.verified or record.quarantine:
+            return
+        layer = self.open(slot)
+        path = self._loader.directory(slot) / "blob"
+        failure: ContentError | None = None
+        try:
+            with path.open("rb") as stream:
+                blob = _Hashed(stream)
+                try:
+                    facts = check_agreement(layer.index, blob, check=self._rest)
+                except UnsupportedFormat:
+                    raise  # it is not known to be wrong
+                except ContentError as error:
+                    failure = error
+                intact = blob.digest() == record.blob_digest.hex
+        except OSError as error:
+            raise StorageError(f"cannot read: {error.strerror}", subject=str(path)) from error
+        if not intact:
+            _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
+            self._state.set_complete(slot, False)
+            self._open.pop(slot, None)
+            self.complete(slot)
+        elif failure is not None:
+            self.quarantine(slot, str(failure))
+        elif record.diff_id not in (None, facts.diff_id):
+            self.quarantine(
+                slot, f"the config states diff ID {record.diff_id}, it is {facts.diff_id}"
+            )
+        else:
+            self._state.set_verified(slot, facts.diff_size)
+            _log.info("event=layer-verified layer=%s", record.blob_digest)
+
+    def _rest(self) -> None:
+        if not self._scheduler.give_way(Priority.BACKGROUND):
+            raise ServiceError("the store is being stopped")
+
+    def _doubt(self, slot: int) -> bool:
+        """Whether all bytes came, more than once, and are not the blob that was announced."""
+        layer = self._open.get(slot)
+        error = None if layer is None else layer.content.blob_error
+        if error is None:
+            return False
+        self.quarantine(slot, str(error))
+        return True
+
+    def quarantine(self, slot: int, why: str) -> None:
+        """Something that is claimed of the layer is false: it is never shown again."""
+        record = self._state.layer(slot)
+        if record is None or record.quarantine:
+            return
+        self._state.quarantine(slot, why)
+        with self._lock:
+            self._open.pop(slot, None)
+            self._completing.discard(slot)
+        _log.error("event=layer-quarantined layer=%s reason=%s", record.blob_digest, why)
+        self.quarantined(slot)
 
     def status(self) -> list[dict[str, object]]:
         """One report a known layer, for ``layerstore status``."""
@@ -275,9 +427,13 @@ class Layers:
                     "slot": record.slot,
                     "digest": record.blob_digest,
                     "toc_digest": record.toc_digest,
+                    "diff_id": record.diff_id,
+                    "form": record.form.value,
                     "references": sorted({name for name in names.get(record.slot, ()) if name}),
                     "uses": uses.get(record.slot, 0),
                     "complete": complete,
+                    "verified": record.verified,
+                    "quarantine": record.quarantine,
                     "total_bytes": record.size,
                     "stored_bytes": layer.content.stored_bytes if layer else stored,
                     "needed_bytes": layer.content.stats.needed_bytes if layer else 0,
@@ -291,6 +447,7 @@ class Layers:
 
     def close(self) -> None:
         """Close all indexes."""
+        self._verifier.close()
         deadline = time.monotonic() + 1
         with self._lock:
             layers, self._open = list(self._open.values()), {}

@@ -19,21 +19,38 @@ from pathlib import Path
 from layerstore import limits
 from layerstore.content import ObjectStore, Scheduler
 from layerstore.errors import LayerstoreError, NetworkError, StorageError
-from layerstore.image import Digest
+from layerstore.formats.announced import announced
+from layerstore.image import Descriptor, Digest, Reference
 from layerstore.provider import names
 from layerstore.provider.dialect import Dialect
+from layerstore.provider.fetch import Fetches
 from layerstore.provider.images import Images, Match
-from layerstore.provider.info import layer_info, toc_info
+from layerstore.provider.info import diff_size, layer_info, toc_info
+from layerstore.provider.ingests import Ingests
 from layerstore.provider.layers import Layers
-from layerstore.provider.loader import Loader, announced_toc
-from layerstore.provider.refusal import BUSY, REPEATED, Refusal
-from layerstore.provider.state import State, View
+from layerstore.provider.loader import Loader
+from layerstore.provider.policy import DialectL, Ordinary, Policy
+from layerstore.provider.refusal import (
+    BEING_FETCHED,
+    BUSY,
+    CONTRADICTION,
+    DIALECT_L_OFF,
+    NO_ROOM,
+    NOT_HERE,
+    ORDINARY_OFF,
+    QUARANTINED,
+    REPEATED,
+    Refusal,
+)
+from layerstore.provider.state import LayerRecord, State, View
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
 
 _log = logging.getLogger(__name__)
 
 Answer = Callable[[View | Refusal], None]
+
+_UNPACKED = 4  # bytes on disk of a layer's blob and files, at most so many times the blob's
 
 
 class Store:
@@ -44,6 +61,7 @@ class Store:
         root: Path,
         client: RegistryClient,
         *,
+        policy: Policy | None = None,
         prefetch: bool = True,
         background: bool = True,
     ) -> None:
@@ -51,21 +69,26 @@ class Store:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
+        self._root = root
         self._client = client
+        self.policy = policy or Policy()
         self._state = State(root / "state.sqlite")
         self._images = Images(self._state, client)
         self._loader = Loader(root / "layers", self._state, client)
         self._scheduler = Scheduler()
         self._objects = ObjectStore(root / "content")
+        self.ingests = Ingests(self._state, client, self._objects, self._scheduler, self._loader)
         self.layers = Layers(
             self._state,
             client,
             self._objects,
             self._scheduler,
             self._loader,
+            rebuild=self._rebuild,
             prefetch=prefetch,
             background=background,
         )
+        self.fetches = Fetches(self._state, self._images, self._loader, self.layers, self.ingests)
         self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
@@ -94,6 +117,10 @@ class Store:
             else:
                 self.layers.add_reference(view.slot, match.reference)
 
+    def _rebuild(self, record: LayerRecord, references: tuple[Reference, ...]) -> None:
+        how = self._loader if record.form.lazy else self.ingests
+        how.rebuild(record, references)
+
     # -- lookups ---------------------------------------------------------------------
 
     def known(self, reference: str, name: Digest) -> View | None:
@@ -107,6 +134,10 @@ class Store:
     def views_of(self, key: int) -> tuple[View, ...]:
         """The views of the reference with this name hash.  Never waits."""
         return self._state.views_of(key)
+
+    def views_of_slot(self, slot: int) -> tuple[View, ...]:
+        """The names of a layer."""
+        return tuple(view for view in self._state.views() if view.slot == slot)
 
     def blob_size(self, view: View) -> int:
         """Size in bytes of the compressed layer."""
@@ -203,39 +234,96 @@ class Store:
             if reference
             else self._images.find_anywhere(name, deadline)
         )
-        announced_toc(match.descriptor)
         if match.repeated:
             # its one path would stand for several lower directories: overlayfs refuses (ELOOP)
             raise Refusal(REPEATED, "the image has this layer more than once", subject=reference)
         diff_id = self._images.diff_id(match, deadline)
-        self._load_others(match, deadline)
-        record = self._loader.load(match.reference, match.descriptor, diff_id, deadline)
+        if match.dialect is Dialect.TOC:
+            record = self._load(match, diff_id, deadline)
+            info = toc_info(record, diff_id)
+        else:
+            record = self._find_by_blob(match, diff_id, deadline)
+            info = layer_info(record, diff_id, match.descriptor)
         self.layers.add_reference(record.slot, match.reference)
         self.layers.open(record.slot)
-        info = (
-            toc_info(record, diff_id)
-            if match.dialect is Dialect.TOC
-            else layer_info(record, diff_id, match.descriptor)
-        )
         view = self._state.add_view(reference, name, match.dialect, record.slot, info)
         _log.info(
-            "event=lookup-resolved reference=%s layer=%s dialect=%s slot=%d",
-            reference or "-", name, match.dialect.value, record.slot,
+            "event=lookup-resolved reference=%s layer=%s dialect=%s form=%s slot=%d",
+            reference or "-", name, match.dialect.value, record.form.value, record.slot,
         )  # fmt: skip
         self.layers.start(record.slot)
         return view
 
+    def _load(self, match: Match, diff_id: Digest, deadline: float) -> LayerRecord:
+        """The layer by its TOC, which is loaded if need be."""
+        self._load_others(match, deadline)
+        record = self._loader.load(match.reference, match.descriptor, diff_id, deadline)
+        if record.quarantine:
+            raise Refusal(QUARANTINED, f"the layer is in quarantine: {record.quarantine}")
+        return record
+
+    def _find_by_blob(self, match: Match, diff_id: Digest, deadline: float) -> LayerRecord:
+        """The layer for a client that will believe what ``info`` says of blob and diff ID."""
+        if self.policy.dialect_l is DialectL.OFF:
+            raise Refusal(DIALECT_L_OFF, "layers are not served by their blob digest here")
+        here = self.ingests.here(match.descriptor.digest, diff_id)
+        if here is not None:
+            return here
+        promised = announced(match.descriptor)
+        if promised.form.lazy and self.policy.dialect_l is DialectL.LAZY:
+            record = self._load(match, diff_id, deadline)
+            self._check_claims(record)
+            if diff_size(record, match.descriptor) is not None:
+                return record
+        return self._find_ordinary(match, diff_id, deadline)
+
+    def _check_claims(self, record: LayerRecord) -> None:
+        """Nobody may be shown a layer of which two images tell different stories."""
+        others = [
+            other
+            for other in self._state.layers_of_blob(record.blob_digest)
+            if other.slot != record.slot and not other.quarantine
+        ]
+        for other in others:
+            if other.verified and other.diff_id != record.diff_id:
+                why = f"the config states diff ID {record.diff_id}, it is {other.diff_id}"
+                self.layers.quarantine(record.slot, why)
+                raise Refusal(QUARANTINED, why)
+        if others:
+            for slot in (record.slot, *(other.slot for other in others)):
+                if not self._state.is_complete(slot):
+                    self.layers.hasten(slot, lambda _: None)
+            raise Refusal(
+                CONTRADICTION, "images tell different things of this layer; it is being checked"
+            )
+
+    def _find_ordinary(self, match: Match, diff_id: Digest, deadline: float) -> LayerRecord:
+        """The layer without the help of a TOC: all of it must be here and verified."""
+        policy = self.policy.ordinary_for(match.reference)
+        if policy is Ordinary.OFF:
+            raise Refusal(ORDINARY_OFF, "layers without a TOC are not served for this image")
+        if policy is Ordinary.KNOWN:
+            raise Refusal(NOT_HERE, "the layer has no TOC and is not complete here")
+        if not self.policy.disk.allows(self._root, match.descriptor.size * _UNPACKED):
+            raise Refusal(NO_ROOM, "the disk has no room to fetch the layer ahead")
+        eager = policy is Ordinary.EAGER
+        ingest = self.ingests.start(match.reference, match.descriptor, diff_id, urgent=eager)
+        if eager:
+            ingest.finished.wait(
+                max(0.0, min(self.policy.eager_seconds, deadline - time.monotonic()))
+            )
+        if ingest.record is not None:
+            return ingest.record
+        if ingest.error is not None:
+            raise ingest.error
+        raise Refusal(BEING_FETCHED, "the layer has no TOC and is being fetched for later")
+
     def _load_others(self, match: Match, deadline: float) -> None:
         """Load the TOCs of the image's other layers meanwhile: their lookups follow."""
         for number, descriptor in enumerate(match.manifest.layers):
-            if number == match.number:
-                continue
-            try:
-                announced_toc(descriptor)
-            except LayerstoreError:
-                continue
-            other = dataclasses.replace(match, number=number)
-            self._loaders.submit(partial(self._load_ahead, other, deadline))
+            if number != match.number and _is_lazy(descriptor):
+                other = dataclasses.replace(match, number=number)
+                self._loaders.submit(partial(self._load_ahead, other, deadline))
 
     def _load_ahead(self, match: Match, deadline: float) -> None:
         try:
@@ -244,6 +332,19 @@ class Store:
         except LayerstoreError as error:
             # its own lookup, if one comes, tries again and gives the reason
             _log.debug("TOC of %s was not loaded ahead: %s", match.descriptor.digest, error)
+
+    def refuse_quarantined(self, view: View) -> None:
+        """A lookup met a layer that was shown once and is in quarantine now."""
+        self._count(QUARANTINED)
+        _log.warning(
+            "event=lookup-refused reason=%s reference=%s layer=%s detail=%s",
+            QUARANTINED, view.reference or "-", view.name, "it was found to be false",
+        )  # fmt: skip
+
+    def quarantined(self, view: View) -> bool:
+        """Whether the layer must not be shown any more.  Never waits."""
+        record = self._state.layer(view.slot)
+        return record is not None and bool(record.quarantine)
 
     def _count(self, result: str) -> None:
         with self._lock:
@@ -294,6 +395,7 @@ class Store:
         return {
             "lookups": lookups,
             "layers": self.layers.status(),
+            "ingests": self.ingests.status(),
             "content": self.layers.stats.as_dict(),
             "registry": {
                 "requests": self._client.stats.requests,
@@ -309,8 +411,17 @@ class Store:
         self._resolvers.close()
         self._loaders.close()
         self._scheduler.close()
+        self.fetches.close()
+        self.ingests.close()
         self._writer.join(2)
         self._save_uses()
         self.layers.close()
         self._objects.close()
         self._state.close()
+
+
+def _is_lazy(descriptor: Descriptor) -> bool:
+    try:
+        return announced(descriptor).form.lazy
+    except LayerstoreError:
+        return False

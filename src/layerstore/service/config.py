@@ -6,16 +6,22 @@ with a typing mistake would silently do nothing.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
+from layerstore import limits
 from layerstore.errors import ConfigError
+from layerstore.provider import DialectL, DiskRoom, Ordinary, Policy
 
 DEFAULT_PATH: Final = Path("/etc/layerstore/config.toml")
 DEFAULT_ROOT: Final = Path("/var/lib/layerstore")
+
+_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_UNITS: Final = {"": 1, **{unit: 1024**power for power, unit in enumerate("kmgt", 1)}}
 
 
 class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,15 +41,63 @@ class RepairConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     graph_roots: tuple[str, ...] | None = None
 
 
+class OrdinaryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When layers without a TOC are served, see ``provider.policy``.
+
+    ``prefixes`` are those of registries.conf.
+    """
+
+    policy: Ordinary = Ordinary.AUTO
+    prefixes: dict[str, Ordinary] = {}
+    eager_seconds: Annotated[float, msgspec.Meta(ge=0, le=limits.EAGER_SECONDS_MAX)] = (
+        limits.EAGER_SECONDS
+    )
+
+
+class DiskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much of the disk layers that are fetched ahead may take.
+
+    ``limit`` is a number of bytes or a text as "200 GiB".
+    """
+
+    limit: int | str | None = None
+    keep_free_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 100 * limits.DISK_KEEP_FREE
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file.  Paths are absolute."""
 
     root: str = str(DEFAULT_ROOT)
     prefetch: bool = True
     background_fetch: bool = True
+    dialect_l: DialectL = DialectL.LAZY
+    ordinary: OrdinaryConfig = OrdinaryConfig()
+    disk: DiskConfig = DiskConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     registry: RegistryConfig = RegistryConfig()
     repair: RepairConfig = RepairConfig()
+
+    @property
+    def policy(self) -> Policy:
+        """What of it decides about layers.  Raises ConfigError."""
+        return Policy(
+            dialect_l=self.dialect_l,
+            ordinary=self.ordinary.policy,
+            ordinary_by_prefix=self.ordinary.prefixes,
+            eager_seconds=self.ordinary.eager_seconds,
+            disk=DiskRoom(_size(self.disk.limit), self.disk.keep_free_percent / 100),
+        )
+
+
+def _size(value: int | str | None) -> int | None:
+    if value is None or isinstance(value, int):
+        found = value
+    else:
+        match = _SIZE.fullmatch(value.strip())
+        found = -1 if match is None else int(float(match[1]) * _UNITS[match[2].lower()])
+    if found is not None and found < 0:
+        raise ConfigError(f"disk.limit: {value!r} is no size, as 200 GiB is")
+    return found
 
 
 def load(path: Path | None) -> Config:
@@ -72,4 +126,9 @@ def load(path: Path | None) -> Config:
     ):
         if value is not None and not value.startswith("/"):
             raise ConfigError(f"{key} must be an absolute path", subject=str(path))
+    try:
+        _ = config.policy
+    except ConfigError as error:
+        error.subject = str(path)
+        raise
     return config

