@@ -24,9 +24,10 @@ lint: bootstrap ## ruff (rules, format) and mypy --strict
 test: lint trixie ## lint, unit tests and the tests against the real tools
 	$(PYTHON) -m pytest tests/unit tests/compat tests/faults
 
-bench: bootstrap trixie ## measure starts and pulls beside a plain pull, both Podmans and (if given) a peer
+bench: bootstrap trixie ## measure starts, pulls and conversions beside a plain pull, both Podmans and (if given) a peer
 	@$(PYTHON) -m benchmarks
 	@$(PYTHON) -m benchmarks.consumer
+	@$(PYTHON) -m benchmarks.conversion
 
 clean: ## remove caches and build products (.venv and .cache included)
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

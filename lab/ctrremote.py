@@ -96,6 +96,7 @@ class Containerd:
     """A running containerd."""
 
     socket: Path
+    pid: int = 0
 
     def run(self, tool: str, *arguments: str) -> None:
         """Run a client against the daemon."""
@@ -119,7 +120,7 @@ def containerd(scratch: Path) -> Iterator[Containerd]:
     """A private containerd with its contents below ``scratch``, for the time of a block."""
     # A socket's path must be short, and the image cache may lie deep.
     with tempfile.TemporaryDirectory(prefix="lab-ctr-") as short:
-        daemon = Containerd(Path(short) / "c.sock")
+        socket = Path(short) / "c.sock"
         config = scratch / "containerd.toml"
         config.write_text(
             f"""\
@@ -128,7 +129,7 @@ root = "{scratch / "content"}"
 state = "{short}/state"
 disabled_plugins = {json.dumps(list(_DISABLED))}
 [grpc]
-address = "{daemon.socket}"
+address = "{socket}"
 [ttrpc]
 address = "{short}/t.sock"
 """
@@ -141,6 +142,7 @@ address = "{short}/t.sock"
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        daemon = Containerd(socket, process.pid)
         try:
             _await(daemon, process, log)
             yield daemon
