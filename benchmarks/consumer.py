@@ -40,6 +40,7 @@ from lab.podman import FLAVOURS, PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 from lab.rig import Rig
 from layerstore.copy.convert import ConvertOptions, convert
+from layerstore.copy.layerform import Estargz
 from layerstore.formats import EstargzOptions
 
 Program = Literal["podman", "layerstore"]
@@ -133,7 +134,7 @@ def _disk() -> Iterator[Path]:
 def _push(registry: DebianRegistry, work: Path) -> None:
     layout = work / "tall"
     source = f"oci:{consumer_images.tall().layout}:latest"
-    convert(source, f"oci:{layout}:latest", ConvertOptions(estargz=EstargzOptions(level=1)))
+    convert(source, f"oci:{layout}:latest", ConvertOptions(form=Estargz(EstargzOptions(level=1))))
     pushed = {f"bench/{name}:1": make() for name, make in consumer_images.PLAIN.items()}
     pushed[f"bench/{_LAZY}:1"] = oci.read_image(layout, "latest")
     with PodmanEnv(work / "push", registries=[registry.host]) as env:

@@ -214,3 +214,9 @@ class ServiceError(LayerstoreError):
 
     code = "service"
     fault = Fault.LOCAL
+
+
+class NoServiceError(ServiceError):
+    """No service runs where one was asked for."""
+
+    code = "no-service"

@@ -34,6 +34,7 @@ VERBS: Final = {
     "Service": {
         "serve": "serve:serve",
         "status": "status:status",
+        "fetch": "fetch:fetch",
     },
     "Moving images": {
         "pull": "pull:pull",

@@ -1,6 +1,7 @@
 """The protocol of additional layer stores: names, dialects, info, use counts, state."""
 
 from layerstore.provider.dialect import Dialect
+from layerstore.provider.fetch import Fetches
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.memory import limit_arenas
 from layerstore.provider.policy import DialectL, DiskRoom, Ordinary, Policy
@@ -13,6 +14,7 @@ __all__ = [
     "Dialect",
     "DialectL",
     "DiskRoom",
+    "Fetches",
     "Layer",
     "Layers",
     "Ordinary",

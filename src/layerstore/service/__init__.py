@@ -3,5 +3,17 @@
 from layerstore.service.config import DEFAULT_PATH, DEFAULT_ROOT, Config, load
 from layerstore.service.control import request
 from layerstore.service.daemon import serve
+from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
 
-__all__ = ["DEFAULT_PATH", "DEFAULT_ROOT", "Config", "load", "request", "serve"]
+__all__ = [
+    "DEFAULT_PATH",
+    "DEFAULT_ROOT",
+    "Config",
+    "FetchStatus",
+    "FetchedLayer",
+    "Fetcher",
+    "fetcher",
+    "load",
+    "request",
+    "serve",
+]

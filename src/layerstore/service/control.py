@@ -19,18 +19,18 @@ from typing import Any
 import msgspec
 
 from layerstore import limits
-from layerstore.errors import ServiceError
+from layerstore.errors import LayerstoreError, NoServiceError, ServiceError
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[[], Mapping[str, object]]
+Handler = Callable[[Mapping[str, Any]], Mapping[str, object]]
 
 SOCKET_NAME = "control.sock"
 _PEER = struct.Struct("3i")
 
 
 class ControlServer:
-    """Answers requests by method name, each connection in a thread of its own."""
+    """Answers requests by method name, which a handler gets whole, each connection in a thread of its own."""
 
     def __init__(self, root: Path, handlers: Mapping[str, Handler]) -> None:
         self._path = root / SOCKET_NAME
@@ -97,16 +97,18 @@ class ControlServer:
         except (msgspec.MsgspecError, KeyError, TypeError):
             return {"error": "unknown request"}
         try:
-            return handler()
+            return handler(request)
+        except LayerstoreError as error:
+            return {"error": str(error)}
         except Exception as error:
             _log.exception("control request failed")
             return {"error": f"the request failed: {error}"}
 
 
-def request(root: Path, method: str) -> dict[str, Any]:
+def request(root: Path, method: str, **parameters: object) -> dict[str, Any]:
     """Ask the service whose root directory is ``root``.
 
-    Raises ServiceError if it does not run, does not answer or refuses.
+    Raises NoServiceError if none runs there, ServiceError if it does not answer or refuses.
     """
     path = root / SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -114,14 +116,14 @@ def request(root: Path, method: str) -> dict[str, Any]:
         try:
             with _address(root) as address:
                 connection.connect(address)
-            connection.sendall(msgspec.json.encode({"method": method}) + b"\n")
+            connection.sendall(msgspec.json.encode({"method": method, **parameters}) + b"\n")
             raw = _read_line(connection, limits.CONTROL_ANSWER_BYTES)
         except PermissionError as error:
             raise ServiceError(
                 "permission denied", subject=str(path), advice="run it as the service's user"
             ) from error
         except OSError as error:
-            raise ServiceError(
+            raise NoServiceError(
                 "no service answers here",
                 subject=str(path),
                 advice="start one with `layerstore serve`, or name its --root",

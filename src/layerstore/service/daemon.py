@@ -7,7 +7,6 @@ that every configured store is a directory, and works without us then.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import logging
 import os
@@ -15,7 +14,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,9 +25,10 @@ from layerstore.errors import ConfigError, MountError, ServiceError, StorageErro
 from layerstore.fuse.layerstore_fs import StoreFilesystem
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.provider import Store, limit_arenas
-from layerstore.registry import RegistryClient, RegistrySettings
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
+from layerstore.service.fetching import fetch_methods
+from layerstore.service.opening import open_store
 from layerstore.service.recordrepair import RecordRepair
 
 _log = logging.getLogger(__name__)
@@ -48,22 +48,7 @@ def serve(mountpoint: Path, root: Path, config: Config) -> None:
     limit_arenas()
     _make_directories(mountpoint, root)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(root))
-        client = RegistryClient(
-            RegistrySettings.from_system(
-                auth_file=_path(config.registry.authfile),
-                registries_conf=_path(config.registry.registries_conf),
-            )
-        )
-        stack.callback(client.close)
-        store = Store(
-            root,
-            client,
-            policy=config.policy,
-            prefetch=config.prefetch,
-            background=config.background_fetch,
-        )
-        stack.callback(store.close)
+        store = stack.enter_context(open_store(root, config))
         repair = RecordRepair(_graph_roots(config))
         stack.callback(repair.close)
         filesystem = StoreFilesystem(store, released=repair.released)
@@ -92,7 +77,7 @@ def _run(
     store.layers.quarantined = partial(filesystem.forget_layer, session)
     started = time.time()
 
-    def status() -> Mapping[str, object]:
+    def status(_: Mapping[str, object]) -> Mapping[str, object]:
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -105,7 +90,7 @@ def _run(
             **store.status(),
         }
 
-    control = ControlServer(root, {"status": status})
+    control = ControlServer(root, {"status": status, **fetch_methods(store.fetches)})
     stack.callback(control.close)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -156,34 +141,8 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
-
-
 def _unmount(mountpoint: Path) -> None:
     try:
         fuse.unmount(mountpoint)
     except MountError as error:
         _log.error("event=unmount-failed error=%s", error)
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold the root directory's lock, so that two services never share it."""
-    path = root / "lock"
-    try:
-        lock = path.open("w")
-    except OSError as error:
-        raise StorageError(
-            f"cannot open: {error.strerror}",
-            subject=str(path),
-            advice="run it as the owner of the root directory, or name another --root",
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ServiceError(
-                "another layerstore service uses this root directory", subject=str(root)
-            ) from error
-        yield

@@ -4,13 +4,13 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from layerstore import limits, service
-from layerstore.errors import ServiceError
+from layerstore.errors import NoServiceError, ServiceError, UnknownObject
 from layerstore.service.control import SOCKET_NAME, ControlServer
 
 
@@ -19,10 +19,20 @@ def root(tmp_path: Path) -> Iterator[Path]:
     deep = tmp_path / ("d" * 100) / ("e" * 100)  # longer than a socket address may be
     deep.mkdir(parents=True)
 
-    def fail() -> dict[str, object]:
+    def fail(_: Mapping[str, object]) -> dict[str, object]:
         raise RuntimeError("broken handler")
 
-    server = ControlServer(deep, {"status": lambda: {"x": 1}, "fail": fail})
+    def refuse(asked: Mapping[str, object]) -> dict[str, object]:
+        raise UnknownObject("no such job", subject=str(asked["job"]))
+
+    def status(_: Mapping[str, object]) -> dict[str, object]:
+        return {"x": 1}
+
+    def echo(asked: Mapping[str, object]) -> dict[str, object]:
+        return dict(asked)
+
+    methods = {"status": status, "fail": fail, "echo": echo, "refuse": refuse}
+    server = ControlServer(deep, methods)
     yield deep
     server.close()
 
@@ -45,6 +55,22 @@ def raw(root: Path, data: bytes) -> bytes:
 
 def test_a_request_is_answered(root: Path):
     assert service.request(root, "status") == {"x": 1}
+
+
+def test_parameters_reach_the_handler(root: Path):
+    asked = service.request(root, "echo", job="7", platforms=None, names=["a"])
+    assert asked == {"method": "echo", "job": "7", "platforms": None, "names": ["a"]}
+
+
+def test_what_a_handler_refuses_is_told_in_one_line(root: Path, caplog: pytest.LogCaptureFixture):
+    with pytest.raises(ServiceError, match="7: no such job"):
+        service.request(root, "refuse", job="7")
+    assert not caplog.records
+
+
+def test_where_no_service_runs_the_error_says_so(tmp_path: Path):
+    with pytest.raises(NoServiceError):
+        service.request(tmp_path, "status")
 
 
 def test_the_socket_is_private(root: Path):
