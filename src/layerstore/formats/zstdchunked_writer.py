@@ -1,7 +1,7 @@
 """Writing a zstd:chunked layer from a tar stream.
 
 Form and annotations are those of containers/storage (pkg/chunked/internal/minimal,
-pkg/chunked/compressor), for which docs/design.md has the layout::
+pkg/chunked/compressor)::
 
     headers | payload | padding, headers | chunk | chunk | padding, headers ... end of archive
     skippable frame: TOC, a JSON document in zstd
