@@ -20,8 +20,9 @@ from lab.registry import DebianRegistry
 from lab.rig import PlainTree, Push, Pushed
 from lab.trees import Tree
 from layerstore.copy.convert import ConvertOptions, ConvertResult, convert
-from layerstore.copy.layerform import LayerForm, ZstdChunked
+from layerstore.copy.layerform import ExternalToc, LayerForm, ZstdChunked
 from layerstore.formats import LayerStream
+from layerstore.image import Digest
 
 HELLO = "hello from small amd64: 199 files\n"
 PARTIAL = '[storage.options.pull_options]\nenable_partial_images = "true"\n'
@@ -154,6 +155,33 @@ def test_a_partial_pull_of_every_kind_of_entry(
     for layer, found in statuses(recorded, pushed.image).items():
         assert (200 in found) == (layer in whole), layer
     assert changed(plain_tree(plain), lab.image_tree(env, name)) == []
+
+
+def test_a_layer_without_its_table_of_contents_is_an_ordinary_one(
+    flavour: Flavour,
+    make_podman_env: MakePodmanEnv,
+    recorded: RecordingProxy,
+    workspace: Path,
+    push: Push,
+    plain_tree: PlainTree,
+) -> None:
+    image = images.small_image()
+    plain = push(image, "ordinary/small:1")
+    pushed, result = converted(image, ExternalToc(), workspace, push, f"external/{flavour}:1")
+    env = make_podman_env(flavour, registries=(recorded.host,), storage_extra=PARTIAL)
+    name = f"{recorded.host}/{pushed.name}"
+    recorded.clear()
+    env.podman("pull", name)
+    assert env.podman("run", "--rm", name).stdout == HELLO
+    assert lab.differing(plain_tree(plain), lab.image_tree(env, name)) == []
+    records = {record["diff-digest"] for record in lab.graph_layers(env)}
+    assert records >= {layer.diff_id for layer in image.layers}
+    # the image of the tables of contents can be copied like any other
+    source = f"oci:{pushed.image.layout}:latest-esgztoc"
+    env.skopeo("copy", "--quiet", source, f"docker://{name}-esgztoc")
+    raw = env.skopeo("inspect", "--raw", f"docker://{name}-esgztoc").stdout.encode()
+    assert Digest.of(raw) == result.toc_image_digest
+    assert len(json.loads(raw)["layers"]) == len(image.layers)
 
 
 def unpacked(data: bytes) -> bytes:
