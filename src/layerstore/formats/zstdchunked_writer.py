@@ -130,7 +130,7 @@ def write_zstd_chunked(
 
     ``tar`` is read once.  ``threads`` compress beside the calling one.  ``progress`` is
     called with numbers of uncompressed bytes as they are written.  Memory is bounded by
-    chunk size and threads, but for about 300 bytes per entry and chunk.
+    chunk size and threads, but for about 500 bytes per entry and chunk.
 
     Raises ``InvalidLayer``, ``UnsupportedFormat`` or ``LimitExceeded`` for what the tar
     archive holds.  What has reached ``out`` by then is of no use.

@@ -66,6 +66,30 @@ def test_files_to_place_first_come_from_the_line_and_from_lists(
     assert said.err.count("no layer holds") == 2
 
 
+def test_zstd_chunked_leaves_the_diff_id(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--format", "zstd:chunked", "--level", "3", "--chunk-size", "8192", "--json")
+    assert run(source, f"oci:{tmp_path}/out:v1", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    (layer,) = report["images"][0]["layers"]
+    assert layer["diffId"] == oci.read_image(tmp_path / "in", "v1").layers[0].diff_id
+    (stored,) = oci.read_image(tmp_path / "out", "v1").layers
+    assert stored.media_type == "application/vnd.oci.image.layer.v1.tar+zstd"
+    assert "tocImage" not in report
+
+
+def test_the_image_of_external_tocs_is_named(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, f"oci:{tmp_path}/out:v1", "--external-toc", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tocImage"] == f"oci:{tmp_path}/out:v1-esgztoc"
+    assert run(source, f"oci:{tmp_path}/out:v2", "--external-toc", "--quiet") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == f"oci:{tmp_path}/out:v2-esgztoc@{report['tocImageDigest']}"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -73,10 +97,15 @@ def test_files_to_place_first_come_from_the_line_and_from_lists(
         ("--chunk-size", "1"),
         ("--platform", "linux"),
         ("--prioritize", "@/no/such/list"),
+        ("--format", "zstd:chunked", "--external-toc"),
+        ("--format", "zstd:chunked", "--prioritize", "etc"),
+        ("--format", "zstd:chunked", "--min-chunk-size", "4096"),
+        ("--format", "zstd:chunked", "--level", "20"),
+        ("--external-toc", "--prioritize", "etc"),
     ],
 )
 def test_wrong_options_end_with_status_2(
-    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, str]
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
     assert run(source, f"oci:{tmp_path}/out:v1", *arguments) == 2
     said = capsys.readouterr().err

@@ -345,7 +345,8 @@ def plain(blob: bytes) -> bytes:
 
 
 def test_zstd_chunked_leaves_config_and_diff_ids(tmp_path: Path) -> None:
-    layers = tar(*SHARED), tar(tars.regular(b"f", b"x" * 9000), tars.whiteout(b"etc/hosts"))
+    changes = tars.regular(b"f", b"x" * 9000), tars.directory(b"etc"), tars.whiteout(b"etc/hosts")
+    layers = tar(*SHARED), tar(*changes)
     stored = image(tmp_path / "in", "v1", *layers)
     before = json.loads(stored.blob(stored.digest).read_bytes())
     result = run(f"oci:{tmp_path}/in:v1", f"oci:{tmp_path}/out:v2", form=ZstdChunked())
