@@ -50,6 +50,8 @@ _log = logging.getLogger(__name__)
 
 Answer = Callable[[View | Refusal], None]
 
+# Refusals that cost nothing and may be over at any moment are not remembered.
+_PASSING = frozenset((BEING_FETCHED, NOT_HERE, NO_ROOM, CONTRADICTION))
 _UNPACKED = 4  # bytes on disk of a layer's blob and files, at most so many times the blob's
 
 
@@ -214,8 +216,9 @@ class Store:
             waiting = self._pending.pop(key, [])
             if isinstance(result, Refusal):
                 self._lookups[result.reason] += len(waiting)
-                self._refused[key] = (time.monotonic(), result)
-                self._refused.move_to_end(key)
+                if result.reason not in _PASSING:
+                    self._refused[key] = (time.monotonic(), result)
+                    self._refused.move_to_end(key)
                 while len(self._refused) > limits.RESOLVE_QUEUE:
                     self._refused.popitem(last=False)
             else:
