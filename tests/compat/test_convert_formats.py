@@ -6,22 +6,24 @@ pull, for which they ask for byte ranges; and Skopeo writes the same table of co
 
 import io
 import json
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab import images, oci, torture
+from lab import ctrremote, debian, images, oci, torture
 from lab import rig as lab
 from lab.podman import Flavour, PodmanEnv
 from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
 from lab.rig import PlainTree, Push, Pushed
 from lab.trees import Tree
+from lab.trixie import TrixieTools
 from layerstore.copy.convert import ConvertOptions, ConvertResult, convert
 from layerstore.copy.layerform import ExternalToc, LayerForm, ZstdChunked
-from layerstore.formats import LayerStream
+from layerstore.formats import LayerStream, iter_toc, read_toc
 from layerstore.image import Digest
 
 HELLO = "hello from small amd64: 199 files\n"
@@ -182,6 +184,92 @@ def test_a_layer_without_its_table_of_contents_is_an_ordinary_one(
     raw = env.skopeo("inspect", "--raw", f"docker://{name}-esgztoc").stdout.encode()
     assert Digest.of(raw) == result.toc_image_digest
     assert len(json.loads(raw)["layers"]) == len(image.layers)
+
+
+@pytest.fixture
+def newer_ctr_remote(workspace: Path, trixie: TrixieTools) -> Path:
+    """Debian 13's, the first that knows external TOCs, started with that Debian's loader."""
+    try:
+        packages = debian.download(("stargz-snapshotter",), "trixie")
+    except debian.DebianError as error:
+        pytest.skip(f"Debian 13's ctr-remote cannot be had: {error}")
+    root = workspace / "ctr-remote"
+    debian.unpack([path for path in packages if path.name.startswith("stargz")], root)
+    script = root / "ctr-remote"
+    libraries = trixie.root / "usr/lib"
+    script.write_text(
+        f"#!/bin/sh\nexec {libraries}64/ld-linux-x86-64.so.2 --library-path"
+        f' {libraries}/x86_64-linux-gnu {root}/usr/bin/ctr-remote "$@"\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def test_ctr_remote_makes_the_same_image_of_tables_of_contents(
+    newer_ctr_remote: Path, workspace: Path, tmp_path: Path, push: Push
+) -> None:
+    image = images.small_image()
+    layout = tmp_path / "ours"
+    convert(image.source, f"oci:{layout}:1", ConvertOptions(form=ExternalToc()))
+    name = "lab.local/converted:1"
+    flags = ("--oci", "--estargz", "--estargz-external-toc", "--estargz-keep-diff-id")
+    scratch = workspace / "external"
+    scratch.mkdir()
+    with ctrremote.containerd(scratch) as daemon:
+        with tarfile.open(scratch / "source.tar", "w") as archive:
+            archive.add(image.layout, arcname=".")
+        base = ("--no-unpack", "--base-name", "lab.local/source")
+        daemon.run("ctr", "image", "import", *base, str(scratch / "source.tar"))
+        source = f"lab.local/source:{image.tag}"
+        daemon.run(str(newer_ctr_remote), "image", "convert", *flags, source, name)
+        exported = scratch / "exported.tar"
+        daemon.run("ctr", "image", "export", str(exported), name, f"{name}-esgztoc")
+    theirs = tmp_path / "theirs"
+    with tarfile.open(exported) as archive:
+        archive.extractall(theirs, filter="data")
+    assert shape(theirs, "1") == shape(layout, "1")
+    assert shape(theirs, "1-esgztoc") == shape(layout, "1-esgztoc")
+    for tocs in (tables(theirs), tables(layout)):
+        assert len(tocs) == len(image.layers)
+    assert tables(theirs) == tables(layout)
+
+
+def document(layout: Path, digest: str) -> Any:
+    return json.loads((layout / "blobs" / digest.replace(":", "/")).read_bytes())
+
+
+def manifest_of(layout: Path, tag: str) -> Any:
+    entries = json.loads((layout / "index.json").read_bytes())["manifests"]
+    (found,) = [one for one in entries if one["annotations"][oci.REF_NAME] == tag]
+    return document(layout, found["digest"])
+
+
+def shape(layout: Path, tag: str) -> Any:
+    """A manifest with its config, without digests and sizes of packed bytes."""
+    manifest = manifest_of(layout, tag)
+    config = document(layout, manifest["config"]["digest"])
+    config.pop("history", None)
+    return {
+        "mediaType": manifest["mediaType"],
+        "config": (manifest["config"]["mediaType"], config),
+        "layers": [(one["mediaType"], set(one["annotations"])) for one in manifest["layers"]],
+    }
+
+
+def tables(layout: Path) -> list[list[tuple[str, str, int, str]]]:
+    """What each layer's table of contents tells, found by way of the layer's digest."""
+    tocs = {
+        one["annotations"]["containerd.io/snapshot/stargz/layer.digest"]: one["digest"]
+        for one in manifest_of(layout, "1-esgztoc")["layers"]
+    }
+    found = []
+    for layer in manifest_of(layout, "1")["layers"]:
+        blob = layout / "blobs" / tocs[layer["digest"]].replace(":", "/")
+        toc = read_toc(blob.read_bytes())
+        key = "containerd.io/snapshot/stargz/toc.digest"
+        assert layer["annotations"][key] == Digest.of(toc)
+        found.append([(e.name, e.type, e.size, e.digest) for e in iter_toc(toc)])
+    return found
 
 
 def unpacked(data: bytes) -> bytes:
