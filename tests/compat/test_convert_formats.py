@@ -18,7 +18,7 @@ from lab import rig as lab
 from lab.podman import Flavour, PodmanEnv
 from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
-from lab.rig import PlainTree, Push, Pushed
+from lab.rig import MakeRig, PlainTree, Push, Pushed
 from lab.trees import Tree
 from lab.trixie import TrixieTools
 from layerstore.copy.convert import ConvertOptions, ConvertResult, convert
@@ -157,6 +157,31 @@ def test_a_partial_pull_of_every_kind_of_entry(
     for layer, found in statuses(recorded, pushed.image).items():
         assert (200 in found) == (layer in whole), layer
     assert changed(plain_tree(plain), lab.image_tree(env, name)) == []
+
+
+@pytest.mark.parametrize("form", [ZstdChunked(), ExternalToc()], ids=["zstd", "external"])
+def test_the_store_serves_it(
+    form: LayerForm,
+    flavour: Flavour,
+    make_rig: MakeRig,
+    registry: DebianRegistry,
+    workspace: Path,
+    push: Push,
+    plain_tree: PlainTree,
+) -> None:
+    image = images.small_image()
+    plain = push(image, "ordinary/small:1")
+    repository = f"served/{flavour}-{'external' if form.external else 'zstd'}"
+    pushed, _ = converted(image, form, workspace, push, f"{repository}:1")
+    if form.external:
+        tocs = oci.StoredImage(pushed.image.layout, "latest-esgztoc", "", 0, "")
+        push(tocs, f"{repository}:1-esgztoc")
+    rig = make_rig(flavour)
+    name = rig.image(pushed.name)
+    rig.env.podman("pull", name)
+    assert lab.extracted_layers(rig.env) == []
+    assert rig.env.podman("run", "--rm", name).stdout == HELLO
+    assert lab.differing(plain_tree(plain), lab.image_tree(rig.env, name)) == []
 
 
 def test_a_layer_without_its_table_of_contents_is_an_ordinary_one(
