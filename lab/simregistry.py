@@ -154,6 +154,7 @@ class SimRegistry:
         self.announced_seconds = announced_seconds
         self.redirect = redirect
         self.clock = clock
+        self._lies: dict[tuple[str, str], bytes] = {}
         self.blobs: dict[str, bytes] = {}
         self.repositories: dict[str, set[str]] = {}  # repository -> digests of its blobs
         self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}  # by tag or digest
@@ -197,6 +198,12 @@ class SimRegistry:
             self.blobs[digest] = data
             self.repositories.setdefault(repository, set()).add(digest)
         return digest
+
+    def lie_about(self, repository: str, digest: str, data: bytes) -> None:
+        """Have one repository serve other bytes under a digest."""
+        with self._lock:
+            self._lies[repository, digest] = data
+            self.repositories.setdefault(repository, set()).add(digest)
 
     def add_manifest(
         self, repository: str, raw: bytes, *tags: str, media_type: str = _OCI_MANIFEST
@@ -348,7 +355,7 @@ class SimRegistry:
     def _blob(self, repository: str, digest: str, wanted: str | None) -> _Reply:
         with self._lock:
             known = digest in self.repositories.get(repository, ())
-            data = self.blobs.get(digest)
+            data = self._lies.get((repository, digest), self.blobs.get(digest))
         if not known or data is None:
             return _problem(404, "BLOB_UNKNOWN")
         if self.redirect:

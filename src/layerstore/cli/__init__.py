@@ -35,6 +35,8 @@ VERBS: Final = {
         "serve": "serve:serve",
         "status": "status:status",
         "fetch": "fetch:fetch",
+        "explain": "explain:explain",
+        "inspect-layer": "inspectlayer:inspect_layer",
     },
     "Moving images": {
         "pull": "pull:pull",

@@ -62,7 +62,9 @@ def fetch(
                 fetcher.cancel(job)
             raise
     if json:
-        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(status, enc_hook=str)) + b"\n")
+        sys.stdout.buffer.write(
+            msgspec.json.format(msgspec.json.encode(status, enc_hook=str)) + b"\n"
+        )
     refused = [layer for layer in status.layers if layer.state == "refused"]
     if status.error is not None:
         raise ServiceError(status.error)

@@ -1,6 +1,7 @@
 """The protocol of additional layer stores: names, dialects, info, use counts, state."""
 
 from layerstore.provider.dialect import Dialect
+from layerstore.provider.explain import ExplainedImage, ExplainedLayer, Verdict, explain
 from layerstore.provider.fetch import Fetches
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.memory import limit_arenas
@@ -14,6 +15,8 @@ __all__ = [
     "Dialect",
     "DialectL",
     "DiskRoom",
+    "ExplainedImage",
+    "ExplainedLayer",
     "Fetches",
     "Layer",
     "Layers",
@@ -21,7 +24,9 @@ __all__ = [
     "Policy",
     "Refusal",
     "Store",
+    "Verdict",
     "View",
     "WorkerPool",
+    "explain",
     "limit_arenas",
 ]

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,14 @@ from layerstore import limits
 from layerstore.content import ObjectStore, Scheduler
 from layerstore.errors import LayerstoreError, NetworkError, StorageError
 from layerstore.formats.announced import announced
-from layerstore.image import Descriptor, Digest, Reference
+from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
 from layerstore.provider import names
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.fetch import Fetches
 from layerstore.provider.images import Images, Match
 from layerstore.provider.info import diff_size, layer_info, toc_info
 from layerstore.provider.ingests import Ingests
-from layerstore.provider.layers import Layers
+from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.loader import Loader
 from layerstore.provider.policy import DialectL, Ordinary, Policy
 from layerstore.provider.refusal import (
@@ -177,6 +177,38 @@ class Store:
         deadline = time.monotonic() + limits.RESOLVE_SECONDS
         if not self._resolvers.submit(lambda: self._resolve(key, reference, name, deadline)):
             self._answer(key, reference, name, Refusal(BUSY, "too many lookups are waiting"))
+
+    def judge(self, reference: str, name: Digest) -> View | Refusal:
+        """Find out about a layer in this thread, as ``resolve`` does."""
+        known = self._state.view(names.name_hash(reference, name))
+        if known is not None:
+            return known
+        try:
+            return self._find(reference, name, time.monotonic() + limits.RESOLVE_SECONDS)
+        except LayerstoreError as error:
+            return Refusal.of(error)
+
+    def inspected(self, reference: Reference, descriptor: Descriptor, diff_id: Digest) -> Layer:
+        """Open a layer to look at it: fetches its TOC, or all of one that has none.
+
+        Raises what keeps it from being read.
+        """
+        if announced(descriptor).form.lazy:
+            deadline = time.monotonic() + limits.RESOLVE_SECONDS
+            record = self._loader.load(reference, descriptor, diff_id, deadline)
+        else:
+            ingest = self.ingests.start(reference, descriptor, diff_id, urgent=True)
+            ingest.finished.wait()
+            if ingest.record is None:
+                raise ingest.error or StorageError("the layer was not taken in")
+            record = ingest.record
+        return self.layers.open(record.slot)
+
+    def chosen(
+        self, reference: Reference, platforms: Collection[Platform] | None, deadline: float
+    ) -> list[tuple[Manifest, tuple[Digest, ...]]]:
+        """The images of a reference and the DiffIDs of their layers, see ``Images.chosen``."""
+        return self._images.chosen(reference, platforms, deadline)
 
     def _recent_refusal(self, key: int, reference: str) -> Refusal | None:
         """What was refused a moment ago; an unreachable registry is not tried for each layer."""

@@ -4,6 +4,7 @@ from layerstore.service.config import DEFAULT_PATH, DEFAULT_ROOT, Config, load
 from layerstore.service.control import request
 from layerstore.service.daemon import serve
 from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
+from layerstore.service.opening import passing_store
 
 __all__ = [
     "DEFAULT_PATH",
@@ -14,6 +15,7 @@ __all__ = [
     "Fetcher",
     "fetcher",
     "load",
+    "passing_store",
     "request",
     "serve",
 ]

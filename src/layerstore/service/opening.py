@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from layerstore.errors import ServiceError, StorageError
-from layerstore.provider import Store
+from layerstore.provider import Ordinary, Store
 from layerstore.registry import RegistryClient, RegistrySettings
-from layerstore.service.config import Config
+from layerstore.service.config import Config, OrdinaryConfig
 
 
 @contextlib.contextmanager
@@ -37,6 +40,29 @@ def open_store(root: Path, config: Config) -> Iterator[Store]:
         )
         stack.callback(store.close)
         yield store
+
+
+@contextlib.contextmanager
+def passing_store(config: Config) -> Iterator[Store]:
+    """A store that is thrown away: it fetches nothing ahead, and ordinary layers only if told to."""
+    quiet = msgspec.structs.replace(
+        config,
+        prefetch=False,
+        background_fetch=False,
+        ordinary=OrdinaryConfig(
+            policy=_judged(config.ordinary.policy),
+            prefixes={prefix: _judged(one) for prefix, one in config.ordinary.prefixes.items()},
+        ),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="layerstore-judge-") as root,
+        open_store(Path(root), quiet) as store,
+    ):
+        yield store
+
+
+def _judged(policy: Ordinary) -> Ordinary:
+    return Ordinary.OFF if policy is Ordinary.OFF else Ordinary.KNOWN
 
 
 def _path(text: str | None) -> Path | None:
