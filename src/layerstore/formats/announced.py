@@ -153,6 +153,7 @@ def _place(notes: Mapping[str, str], key: str, size: int, *, typed: bool) -> Pla
         raise _ProblemError(f"the TOC is of the unknown type {kind[0]}")
     if offset + packed > size:
         raise _ProblemError(f"the annotation {key} points beyond the end of the layer")
-    if max(packed, uncompressed) > limits.TOC_BYTES:
+    # a tar-split is read as a stream, so only what is fetched of it is bounded
+    if max(packed, uncompressed if typed else 0) > limits.TOC_BYTES:
         raise _ProblemError(f"the annotation {key} speaks of more than is read")
     return Place(offset, packed, uncompressed)
