@@ -32,7 +32,7 @@ from lab.registry import DebianRegistry
 from lab.rig import Push, Rig, graph_layers
 from lab.stress import Board, Target, Worker
 
-SECONDS = float(os.environ.get("LAYERSTORE_STRESS_SECONDS", "75")) / 2
+SECONDS = float(os.environ.get("LAYERSTORE_STRESS_SECONDS", "50")) / 2
 MEMBERS: dict[stress.Family, tuple[str, ...]] = {
     "kept": ("plain", "lazy"),
     "ours": ("one", "two", "lazy"),

@@ -155,7 +155,7 @@ def test_where_layers_must_be_verified_first_the_attack_fails_from_the_start(
     asker, publisher, registry
 ):
     reopen(asker, dialect_l=DialectL.VERIFIED, ordinary=Ordinary.EAGER)
-    honest, evil = attack(asker, publisher, registry)
+    honest, _evil = attack(asker, publisher, registry)
     good = honest.layers[0]
     assert asker.reason(ref(registry, "evil"), good.digest) == "verification"
     view = asker.view(ref(registry), good.digest)
