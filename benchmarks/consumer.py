@@ -2,7 +2,8 @@
 
     python -m benchmarks.consumer [--repeat 3] [--link unlimited|shaped] [--json FILE]
 
-Whole pulls of plain images into empty graph roots by Podman 4.3.1, Podman 5.4.2 and us, in turns;
+Whole pulls of plain images into empty graph roots by Podman 4.3.1, Podman 5.4.2 and us, in turns,
+and beside them what the provider does with the same layers (`layerstore fetch`: objects and index);
 and pulls of an image of 20 layers all of which a layer store has: the running service, and a
 static store.  Seconds are those of the whole command, its start included.  The graph roots lie on
 an ext4 of their own, with a journal, so that what else the machine's file system has seen counts
@@ -47,6 +48,7 @@ Program = Literal["podman", "layerstore"]
 _MIB: Final = 1 << 20
 _DISK_BYTES: Final = 16 << 30
 _LAZY: Final = "lazy"
+_FETCH: Final = "layerstore fetch"
 _ACCEPT: Final = "application/vnd.oci.image.manifest.v1+json"
 _NAMES: Final = {"debian12": "Podman 4.3.1", "debian13": "Podman 5.4.2"}
 
@@ -159,18 +161,29 @@ def _whole_pulls(host: str, work: Path, repeat: int) -> list[Result]:
             for who, flavour, program in (
                 *((_NAMES[flavour], flavour, "podman") for flavour in FLAVOURS),
                 ("layerstore", FLAVOURS[-1], "layerstore"),
+                (_FETCH, FLAVOURS[-1], "fetch"),
             ):
                 with PodmanEnv(work / "cold", flavour, registries=[host]) as env:
                     env.podman("info")  # what a fresh graph root needs is nobody's to blame
-                    use = _pull(env, "podman" if program == "podman" else "layerstore", host, name)
+                    use = _pull(env, program, host, name)
                 samples.setdefault((name, who), []).append(use)
                 os.sync()
     return [Result(case, who, tuple(uses)) for (case, who), uses in sorted(samples.items())]
 
 
-def _pull(env: PodmanEnv, program: Program, host: str, name: str) -> Use:
+def _pull(env: PodmanEnv, program: str, host: str, name: str) -> Use:
     os.sync()
-    command = [*env.command(program), "pull", "--quiet", f"{host}/bench/{name}:1"]
+    if program == "fetch":
+        root = env.tmp / "store"
+        place = ("--quiet", "--root", str(root), f"{host}/bench/{name}:1")
+        command = [*env.command("layerstore"), "fetch", *place]
+        return measured(command, env.environment())
+    command = [
+        *env.command("podman" if program == "podman" else "layerstore"),
+        "pull",
+        "--quiet",
+        f"{host}/bench/{name}:1",
+    ]
     return measured(command, env.environment())
 
 

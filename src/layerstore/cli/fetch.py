@@ -17,7 +17,7 @@ from layerstore.errors import LayerstoreError, ServiceError, UsageError
 from layerstore.image import Digest, Reference
 from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT, FetchedLayer, FetchStatus
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 
 
 def fetch(

@@ -8,8 +8,9 @@ chunks are verified.  Nothing gets a name in ``objects`` before it is verified.
 
 A power failure may leave the bitmap of a partial object without the bytes, so
 partial objects of another boot are dropped: the layer's blob, whose bytes are
-verified when they are taken out, gives them again.  A large object is synced before
-it gets its name; a small one grows only by its bytes, and is dropped if it is short.
+verified when they are taken out, gives them again.  A partial object that becomes
+whole is synced before it gets its name.  What is written from its beginning to its end
+needs no sync: it grows only by its bytes, and is dropped if it is short.
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class ObjectWriter:
         if os.path.exists(target):
             return
         try:
-            os.fdatasync(self._fd)
             os.rename(self._temporary, target)
         except OSError as error:
             raise StorageError(f"cannot store: {error.strerror}", subject=target) from error

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
-import os
 import struct
 import zlib
 from bisect import bisect_right
@@ -102,7 +101,7 @@ class CheckpointReader:
 
 
 def write_checkpoints(points: list[Checkpoint], path: Path) -> None:
-    """Write the file, synced.  Raises StorageError."""
+    """Write the file.  Raises StorageError."""
     at = _HEADER.size + len(points) * _POINT.size
     table = bytearray(_HEADER.pack(_MAGIC, _VERSION, len(points)))
     for point in points:
@@ -115,8 +114,6 @@ def write_checkpoints(points: list[Checkpoint], path: Path) -> None:
                 running.update(data)
                 out.write(data)
             out.write(running.digest())
-            out.flush()
-            os.fsync(out.fileno())
     except OSError as error:
         raise StorageError(f"cannot write: {error.strerror}", subject=str(path)) from error
 

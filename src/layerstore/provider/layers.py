@@ -187,20 +187,26 @@ class Layers:
         """The index of a layer, in quarantine or not; StorageError if it is damaged."""
         return LayerIndex.open(self._loader.directory(slot) / "index")
 
-    def _open_index(self, record: LayerRecord) -> LayerIndex:
-        path = self._loader.directory(record.slot) / "index"
+    def _open_index(self, record: LayerRecord) -> tuple[LayerIndex, MemberCodec]:
         try:
-            return LayerIndex.open(path)
+            return self._opened(record)
         except StorageError as error:
             _log.warning("event=index-damaged layer=%s error=%s", record.blob_digest, error)
         with self._lock:
             references = tuple(self._references.get(record.slot, ()))
         self._rebuild(record, references)
-        return LayerIndex.open(path)
+        return self._opened(record)
+
+    def _opened(self, record: LayerRecord) -> tuple[LayerIndex, MemberCodec]:
+        index = self.index_of(record.slot)
+        if index.packing is not Packing.CHECKPOINTS:
+            return index, codec(index.packing)
+        path = self._loader.directory(record.slot) / "checkpoints"
+        return index, Checkpoints.open(path, lambda member: index.member(member).offset)
 
     def _open_record(self, record: LayerRecord) -> Layer:
         directory = self._loader.directory(record.slot)
-        index = self._open_index(record)
+        index, take = self._open_index(record)
         content = LayerContent(
             record.blob_digest,
             index,
@@ -210,7 +216,7 @@ class Layers:
             toc_offset=record.toc_offset,
             objects=self._objects,
             scheduler=self._scheduler,
-            codec=self._codec(record, index),
+            codec=take,
             source=lambda offset, length: self._read_blob(record, offset, length),
             distrust=lambda: self._ask_last(record.slot),
             stats=self.stats,
@@ -229,12 +235,6 @@ class Layers:
             self._state.set_complete(record.slot, False)
             self.complete(record.slot)
         return Layer(record, index, content)
-
-    def _codec(self, record: LayerRecord, index: LayerIndex) -> MemberCodec:
-        if index.packing is Packing.CHECKPOINTS:
-            path = self._loader.directory(record.slot) / "checkpoints"
-            return Checkpoints.open(path, lambda member: index.member(member).offset)
-        return codec(index.packing)
 
     def _read_blob(self, record: LayerRecord, offset: int, length: int) -> _Watched:
         """Open a range at the first place that gives it; a network failure is worth another try."""

@@ -5,6 +5,9 @@ and hashes the tar stream, and the caller's turns the archive into objects and a
 What is published was checked over the whole stream: the blob's digest and size, and the
 diff ID.
 
+Nothing is synced: after a power failure a blob that is short is noticed and fetched again,
+and an index or checkpoints by their checksums.
+
 The index cuts files where the compressed stream can be entered: at checkpoints (gzip), at
 frames (zstd), anywhere (tar).  So when objects and blob are gone, a file is fetched again by
 a range, where the stream permits it.
@@ -110,8 +113,6 @@ def ingest_layer(
                             packing=_PACKINGS[plain.compression()],
                             member_bytes=limits.LAYER_BYTES,
                         )
-                        index.flush()
-                        os.fsync(index.fileno())
                     while plain.read(_PIECE_BYTES):
                         check()
                 except ContentError:
@@ -132,7 +133,6 @@ def ingest_layer(
             stored = BlobFile(path, opened, size, size)
             for unit in range(stored.units):
                 stored.mark(unit)
-            stored.sync()
     except OSError as error:
         raise StorageError(f"cannot store: {error.strerror}", subject=str(directory)) from error
     return IngestedLayer(found, plain.size, plain.compression(), summary.entries)
@@ -236,7 +236,6 @@ class _Blob:
         failure: BaseException | None = None
         try:
             self._bring()
-            os.fdatasync(self._descriptor)
         except _StoppedError:
             pass
         except BaseException as error:
