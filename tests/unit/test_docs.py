@@ -13,7 +13,7 @@ from layerstore import errors
 from layerstore.cli import app
 from layerstore.provider import refusal
 from layerstore.service import Config
-from layerstore.service.config import RegistryConfig, RepairConfig
+from layerstore.service.config import DiskConfig, OrdinaryConfig, RegistryConfig, RepairConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -39,7 +39,12 @@ def events() -> set[str]:
 
 def keys() -> list[str]:
     top = [field.encode_name for field in msgspec.structs.fields(Config)]
-    tables: dict[str, type[msgspec.Struct]] = {"registry": RegistryConfig, "repair": RepairConfig}
+    tables: dict[str, type[msgspec.Struct]] = {
+        "disk": DiskConfig,
+        "ordinary": OrdinaryConfig,
+        "registry": RegistryConfig,
+        "repair": RepairConfig,
+    }
     inner = [
         f"{name}.{field.encode_name}"
         for name, table in tables.items()
