@@ -34,9 +34,15 @@ BIG_BYTES: Final = 1 << 20
 
 # Of which layers a client that looks them up by TOC (Podman 5) or by blob (Podman 4) finds any.
 LAZY: Final[dict[Flavour, set[tuple[Provider, Kind]]]] = {
-    "debian13": {("service", "estargz"), ("static", "estargz"), ("static", "zstd:chunked")},
+    "debian13": {
+        ("service", "estargz"),
+        ("service", "zstd:chunked"),
+        ("static", "estargz"),
+        ("static", "zstd:chunked"),
+    },
     "debian12": {
         ("service", "estargz"),
+        ("service", "zstd:chunked"),
         ("static", "estargz"),
         ("static", "zstd:chunked"),
         ("static", "gzip"),

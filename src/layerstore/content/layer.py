@@ -39,8 +39,9 @@ class LayerContent:
     """File contents of one layer.  Thread-safe.
 
     ``path`` is the sparse blob file; ``source`` opens a byte range of the blob at
-    the registry; ``codec`` takes its members apart; ``digest`` is the announced SHA-256 (hex) of the blob; ``distrust`` is
-    called when bytes that came were wrong, before they are fetched again.
+    the registry; ``codec`` takes its members apart; ``digest`` is the announced
+    SHA-256 (hex) of the blob; ``distrust`` is called when bytes that came were
+    wrong, before they are fetched again.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class LayerContent:
         self._refusing = threading.Lock()
         self._blob_lock = threading.Lock()
         self._blob_waiting: list[Done] = []
-        self._scrubbed = False
+        self._wrong_blob = ""  # the digest last seen of wrong bytes that fit the TOC
+        self._again = False  # wrong bytes are being fetched once more, at once
         self._blob_error: VerificationError | None = None
         self._refused: dict[int, tuple[int, float, ContentError]] = {}
 
@@ -310,7 +312,10 @@ class LayerContent:
 
     @property
     def blob_error(self) -> VerificationError | None:
-        """Set when all bytes came, more than once, and are not the announced blob."""
+        """Set when the same wrong blob came twice, of which every member fits its TOC.
+
+        Members that do not fit came damaged, and may come right another time.
+        """
         return self._blob_error
 
     @property
@@ -350,34 +355,35 @@ class LayerContent:
                 self._blob.sync()  # this is remembered, even after a power failure
                 self._verified = True
                 return True
-            if not self._scrubbed:
-                self._scrubbed = True
-                if self._scrub():
-                    return False
-            self._blob_error = VerificationError(
+            damaged = self._scrub()
+            before, self._wrong_blob = self._wrong_blob, "" if damaged else actual
+            twice = not damaged and actual == before
+            again, self._again = self._again, not self._again
+            if not (twice or again):
+                return False
+            error = VerificationError(
                 f"blob has SHA-256 {actual} instead of {self._digest}",
                 subject=self.name,
-                advice="files whose chunks are right stay readable; the blob is not exported",
+                advice="the registry sends another blob than the manifest names",
             )
+            if not twice:
+                raise error  # for this time
+            self._blob_error = error
             _log.error("event=blob-refused layer=%s error=%s", self.name, self._blob_error)
             self._totals.failed_units += 1
-            raise self._blob_error
+            raise error
 
     def _scrub(self) -> bool:
-        """Look for the units that are wrong and forget them; whether there were any."""
+        """Forget the members that do not fit the TOC, else all of the blob; whether there were any."""
         found = False
-        for unit in range(self._blob.units):
-            offset, end = self._blob.extent(unit)
-            if offset == end:
-                continue
-            if not self._blob.is_member(unit):
-                self._blob.discard(unit)  # nothing but the blob digest covers head and tail
-                found = True
-                continue
+        for unit in filter(self._blob.is_member, range(self._blob.units)):
             data = self._unit(unit)
             try:
                 self._ingester.check_member(unit - 1, data)
             except ContentError as error:
                 self._refuse(unit, data, error)
                 found = True
+        if not found:  # headers, padding and members without contents: only the digest covers them
+            for unit in range(self._blob.units):
+                self._blob.discard(unit)
         return found

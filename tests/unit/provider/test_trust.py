@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -183,5 +184,22 @@ def test_lost_bytes_are_no_lie(asker, publisher, registry):
     asker.store.layers.mark_complete(view.slot)
     asker.store.layers.verified(view.slot).wait(10)
     assert state_of(asker, view) == "unknown"
+    complete(asker, view)
+    assert state_of(asker, view) == "verified"
+
+
+def test_bytes_that_came_damaged_are_no_lie(asker, publisher, registry):
+    image = publisher.push("app", "1", [FILES[0] | {"big": random.Random(1).randbytes(3 << 20)}])
+    made = image.layers[0]
+    blob = registry.blobs[made.digest]
+    view = asker.view(ref(registry), made.toc_digest)
+    registry.lie_about("app", made.digest, bytes(len(blob)))
+    content = asker.store.layers.open(view.slot).content
+    for _ in range(4):
+        assert content.complete_step(), "fetched once more, at once"
+        with pytest.raises(VerificationError):
+            content.complete_step()
+    assert not asker.store.quarantined(view)
+    registry.lie_about("app", made.digest, blob)
     complete(asker, view)
     assert state_of(asker, view) == "verified"
