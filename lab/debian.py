@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-CACHE: Final = Path(__file__).resolve().parent.parent / ".cache"
+# Where a link leads: checkouts that share a cache have to agree what its files are called.
+CACHE: Final = (Path(__file__).resolve().parent.parent / ".cache").resolve()
 
 _APT_ETC: Final = Path("/etc/apt")
 _KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
