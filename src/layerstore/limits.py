@@ -90,6 +90,8 @@ STREAM_BYTES: Final = 256 * KIB  # taken from a connection at once, at most
 JOIN_POLL_SECONDS: Final = 0.02
 OPEN_FILES: Final = 65_536  # descriptors of the service, where permitted
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
+SYNC_SECONDS: Final = 15.0  # a power failure makes suspect what was written in about this time
+SYNC_STOP_SECONDS: Final = 3.0  # the end of the service waits so long for the disk
 
 # -- provider ------------------------------------------------------------------
 RESOLVE_SECONDS: Final = 25.0  # a lookup of `diff` is answered by then

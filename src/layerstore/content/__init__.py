@@ -3,6 +3,7 @@
 from layerstore.content.files import OpenFile
 from layerstore.content.layer import LayerContent
 from layerstore.content.layermap import LayerMap
+from layerstore.content.ledger import Ledger
 from layerstore.content.objects import ObjectStore
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
@@ -14,6 +15,7 @@ __all__ = [
     "LayerContent",
     "LayerMap",
     "LayerStats",
+    "Ledger",
     "ObjectStore",
     "OpenFile",
     "Priority",

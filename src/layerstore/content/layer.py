@@ -90,7 +90,7 @@ class LayerContent:
         if content is None or offset >= content.size or size <= 0:
             return b""
         size = min(size, content.size - offset)
-        file = self._stored(entry, content, offset, size)
+        file = self._stored(entry, content, offset, size, wait=False)
         return None if file is None else file.read_cached(offset, size)
 
     def read_stored(self, entry: int, offset: int, size: int) -> bytes | None:
@@ -149,6 +149,7 @@ class LayerContent:
             if isinstance(data, bytes) and self._blob.read_unit(unit) != data:
                 return
             self._blob.discard(unit)
+            self._verified = False
             count = self._refused.get(unit, (0, 0.0, error))[0] + 1
             self._refused[unit] = (count, time.monotonic(), error)
             self.stats.failed_units += 1
@@ -174,14 +175,16 @@ class LayerContent:
             return None
         return self._blob.file.read(offset, max(0, min(size, self._blob.size - offset)))
 
-    def _stored(self, entry: int, content: FileContent, offset: int, size: int) -> OpenFile | None:
+    def _stored(
+        self, entry: int, content: FileContent, offset: int, size: int, *, wait: bool = True
+    ) -> OpenFile | None:
         if content.plain:
             self._touch(content.first_chunk)
-            return self._objects.open(content.key)
+            return self._objects.open(content.key, wait=wait)
         self._ingester.check(content.key)
         partial = self._objects.known_partial(content.key)
         if partial is None and content.digest:
-            complete = self._objects.open(content.digest)
+            complete = self._objects.open(content.digest, wait=wait)
             if complete is not None:
                 for number in self._map.chunks_between(entry, offset, offset + size):
                     self._touch(number)
@@ -192,7 +195,7 @@ class LayerContent:
             if partial is not None:
                 return partial.file
         # it may have become whole meanwhile
-        return self._objects.open(content.digest) if content.digest else None
+        return self._objects.open(content.digest, wait=wait) if content.digest else None
 
     def _partial(self, content: FileContent) -> PartialObject | None:
         return self._objects.partial(
@@ -311,6 +314,11 @@ class LayerContent:
         return self._verified
 
     @property
+    def filled(self) -> bool:
+        """Whether every byte of the blob is said to be stored."""
+        return self._blob.present.full
+
+    @property
     def blob_error(self) -> VerificationError | None:
         """Set when the same wrong blob came twice, of which every member fits its TOC.
 
@@ -353,6 +361,7 @@ class LayerContent:
             actual = self._blob.sha256()
             if actual == self._digest:
                 self._blob.sync()  # this is remembered, even after a power failure
+                self._objects.ledger.stamp(self._blob.file.fd)
                 self._verified = True
                 return True
             damaged = self._scrub()

@@ -6,18 +6,17 @@ the verified chunks beside it; the name is the identity of the chunk list, not
 the announced digest of the file, because until all of it is there only the
 chunks are verified.  Nothing gets a name in ``objects`` before it is verified.
 
-A power failure may leave the bitmap of a partial object without the bytes, so
-partial objects of another boot are dropped: the layer's blob, whose bytes are
-verified when they are taken out, gives them again.  A partial object that becomes
-whole is synced before it gets its name.  What is written from its beginning to its end
-needs no sync: it grows only by its bytes, and is dropped if it is short.
+Nothing is synced before it gets its name: what a power failure may have spoilt is told by the
+`Ledger`.  Such an object is verified when it is opened; partial objects, whose bitmaps may be there
+without the bytes, are dropped: the layer's blob, whose bytes are verified when they are taken
+out, gives them again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -28,10 +27,13 @@ from typing import Self
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.files import OpenFile, OpenFiles
+from layerstore.content.ledger import Ledger
 from layerstore.errors import StorageError, VerificationError
 
+_log = logging.getLogger(__name__)
+
 _HASH_PIECE = 1 * limits.MIB
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_VERIFYING = 16  # locks that keep several readers from verifying one object
 
 
 class PartialObject:
@@ -58,9 +60,10 @@ class PartialObject:
 class ObjectWriter:
     """An object under way; forgotten unless it is published.  Raises StorageError."""
 
-    def __init__(self, temporary: str, path: Callable[[bytes], str]) -> None:
+    def __init__(self, temporary: str, path: Callable[[bytes], str], ledger: Ledger) -> None:
         self._temporary = temporary
         self._path = path
+        self._ledger = ledger
 
     def __enter__(self) -> Self:
         try:
@@ -86,9 +89,10 @@ class ObjectWriter:
     def publish(self, digest: bytes) -> None:
         """What was written is the object whose SHA-256 the caller has checked."""
         target = self._path(digest)
-        if os.path.exists(target):
+        if self._ledger.trusts(target):
             return
         try:
+            self._ledger.stamp(self._fd)
             os.rename(self._temporary, target)
         except OSError as error:
             raise StorageError(f"cannot store: {error.strerror}", subject=target) from error
@@ -108,37 +112,70 @@ class ObjectStore:
         self._open: OpenFiles[bytes] = OpenFiles(limits.OPEN_OBJECTS)
         self._partials: OrderedDict[bytes, PartialObject] = OrderedDict()
         self._lock = threading.Lock()
+        self._verifying = tuple(threading.Lock() for _ in range(_VERIFYING))
         try:
-            for first in range(256):
-                os.makedirs(f"{self._objects}/{first:02x}", mode=0o700, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.path.exists(self._objects):
+                self._make_objects(root / "new")
             self._partial.mkdir(mode=0o700, exist_ok=True)
             os.makedirs(self._temporary, mode=0o700, exist_ok=True)
-            self._drop_stale(root / "boot")
+            self.ledger = Ledger(root)
+            self._drop_stale()
         except OSError as error:
             raise StorageError(f"cannot prepare: {error.strerror}", subject=str(root)) from error
 
-    def _drop_stale(self, boot_file: Path) -> None:
+    def _make_objects(self, fresh: Path) -> None:
+        """All directories or none, so that a start need not look at them."""
+        for first in range(256):
+            os.makedirs(f"{fresh}/{first:02x}", mode=0o700, exist_ok=True)
+        fresh.rename(self._objects)
+
+    def _drop_stale(self) -> None:
         stale = list(os.scandir(self._temporary))
-        boot = _boot_id()
-        same = bool(boot) and boot_file.exists() and boot_file.read_text() == boot
-        if not same:
+        if self.ledger.unclean:
             stale += os.scandir(self._partial)
         for entry in stale:
             os.unlink(entry.path)
-        if not same:
-            with contextlib.suppress(OSError):  # the disk may be full: distrusted again then
-                boot_file.write_text(boot)
 
     def path(self, digest: bytes) -> str:
         """Where the object with this SHA-256 lives, if it is there."""
         name = digest.hex()
         return f"{self._objects}/{name[:2]}/{name[2:]}"
 
-    def open(self, digest: bytes) -> OpenFile | None:
-        """The complete object with this SHA-256, or None."""
-        return self._open.get(
-            digest, lambda: os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
-        )
+    def open(self, digest: bytes, *, wait: bool = True) -> OpenFile | None:
+        """The complete object with this SHA-256, or None.
+
+        One that is suspect is verified before, which takes its time: None if not to ``wait``.
+        """
+        return self._open.get(digest, lambda: self._opened(digest, wait=wait))
+
+    def _opened(self, digest: bytes, *, wait: bool) -> int:
+        """A descriptor; raises FileNotFoundError where there is no object, or a damaged one."""
+        fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if self.ledger.trusts(fd):
+                return fd
+            if wait:
+                with self._verifying[digest[0] % _VERIFYING]:
+                    if self.ledger.trusts(fd) or self._verify(digest, fd):
+                        return fd
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
+        raise FileNotFoundError
+
+    def _verify(self, digest: bytes, fd: int) -> bool:
+        """Whether a suspect object is right; it goes if not."""
+        if not self.ledger.failed and _sha256(fd) == digest:
+            self.ledger.stamp(fd)
+            return True
+        _log.warning("event=object-damaged object=%s", digest.hex())
+        if os.path.exists(path := self.path(digest)) and os.path.samestat(
+            os.stat(path), os.fstat(fd)
+        ):
+            os.unlink(path)
+        return False
 
     def has(self, digest: bytes) -> bool:
         """Whether the complete object is there."""
@@ -147,13 +184,14 @@ class ObjectStore:
     def put(self, digest: bytes, data: bytes | memoryview) -> None:
         """Store a complete object whose SHA-256 the caller has checked."""
         target = self.path(digest)
-        if os.path.exists(target):
+        if self.ledger.trusts(target):
             return
         temporary = f"{self._temporary}/{next(self._counter):x}"
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 _write_all(fd, data, 0)
+                self.ledger.stamp(fd)
             finally:
                 os.close(fd)
             os.rename(temporary, target)
@@ -163,7 +201,7 @@ class ObjectStore:
 
     def writer(self) -> ObjectWriter:
         """A large object that comes piece by piece; a context manager."""
-        return ObjectWriter(f"{self._temporary}/{next(self._counter):x}", self.path)
+        return ObjectWriter(f"{self._temporary}/{next(self._counter):x}", self.path, self.ledger)
 
     def known_partial(self, key: bytes) -> PartialObject | None:
         """The partial object if it is open already; never touches the disk."""
@@ -203,14 +241,10 @@ class ObjectStore:
         list and file digest of the TOC contradict each other.  The partial
         object is forgotten then.
         """
-        hasher = hashlib.sha256()
-        offset = 0
-        while piece := os.pread(partial.file.fd, _HASH_PIECE, offset):
-            hasher.update(piece)
-            offset += len(piece)
-        matches = hasher.digest() == digest
+        found = _sha256(partial.file.fd)
+        matches = found == digest
         if matches:
-            os.fdatasync(partial.file.fd)
+            self.ledger.stamp(partial.file.fd)
         with self._lock:
             self._partials.pop(key, None)
             try:
@@ -227,7 +261,7 @@ class ObjectStore:
                 ) from error
         if not matches:
             raise VerificationError(
-                f"file has SHA-256 {hasher.hexdigest()} instead of {digest.hex()}",
+                f"file has SHA-256 {found.hex()} instead of {digest.hex()}",
                 subject="file",
                 advice="the table of contents of the layer contradicts itself",
             )
@@ -239,17 +273,19 @@ class ObjectStore:
 
     def close(self) -> None:
         """Let go of all open files."""
+        self.ledger.close()
         self._open.clear()
         with self._lock:
             self._partials.clear()
 
 
-def _boot_id() -> str:
-    """What identifies this run of the kernel; empty if it is not told."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
+def _sha256(fd: int) -> bytes:
+    hasher = hashlib.sha256()
+    offset = 0
+    while piece := os.pread(fd, _HASH_PIECE, offset):
+        hasher.update(piece)
+        offset += len(piece)
+    return hasher.digest()
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 from layerstore import limits
@@ -157,6 +158,20 @@ class Layers:
                 known.remove(reference)
                 known.append(reference)
 
+    def _trusts(self, file: Path) -> bool:
+        return self._objects.ledger.trusts(str(file))
+
+    def _distrust(self, slot: int) -> None:
+        """Wrong bytes came out of a layer's blob: it is not complete, whatever it was before."""
+        self._ask_last(slot)
+        if self._state.is_complete(slot):
+            self._incomplete(slot)
+
+    def _incomplete(self, slot: int) -> None:
+        """A complete layer must be made complete, or be verified, anew."""
+        self._state.set_complete(slot, False)
+        self._complete_soon(slot)
+
     def open(self, slot: int) -> Layer:
         """The layer of a slot, opened now if need be: waits for the disk.
 
@@ -218,22 +233,25 @@ class Layers:
             scheduler=self._scheduler,
             codec=take,
             source=lambda offset, length: self._read_blob(record, offset, length),
-            distrust=lambda: self._ask_last(record.slot),
+            distrust=lambda: self._distrust(record.slot),
             stats=self.stats,
-            verified=self._state.is_complete(record.slot),
+            verified=self._state.is_complete(record.slot) and self._trusts(directory / "blob"),
         )
         end = directory / "end"
         try:
-            content.seed(end.read_bytes())
+            if self._trusts(end):
+                content.seed(end.read_bytes())
             end.unlink()
         except FileNotFoundError:
             pass
         except OSError as error:
             raise StorageError(f"cannot read: {error.strerror}", subject=str(end)) from error
         if self._state.is_complete(record.slot) and not content.complete:
-            _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
-            self._state.set_complete(record.slot, False)
-            self.complete(record.slot)
+            if content.filled:
+                _log.warning("event=layer-suspect layer=%s", record.blob_digest)
+            else:
+                _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
+            self._incomplete(record.slot)
         return Layer(record, index, content)
 
     def _read_blob(self, record: LayerRecord, offset: int, length: int) -> _Watched:
@@ -273,6 +291,9 @@ class Layers:
             return
         if record is None or record.quarantine:
             return
+        self._complete_soon(slot)
+
+    def _complete_soon(self, slot: int) -> None:
         with self._lock:
             if slot in self._completing:
                 return
@@ -372,9 +393,8 @@ class Layers:
             raise StorageError(f"cannot read: {error.strerror}", subject=str(path)) from error
         if not intact:
             _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
-            self._state.set_complete(slot, False)
             self._open.pop(slot, None)
-            self.complete(slot)
+            self._incomplete(slot)
         elif failure is not None:
             self.quarantine(slot, str(failure))
         elif record.diff_id not in (None, facts.diff_id):

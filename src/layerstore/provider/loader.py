@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from layerstore import limits
+from layerstore.content import Ledger
 from layerstore.errors import (
     DeadlineExceeded,
     InvalidLayer,
@@ -77,8 +78,9 @@ class LoadedToc:
 class Loader:
     """Loads TOCs into indexes below ``root`` (one directory a slot).  Thread-safe."""
 
-    def __init__(self, root: Path, state: State, client: RegistryClient) -> None:
+    def __init__(self, root: Path, state: State, client: RegistryClient, ledger: Ledger) -> None:
         self._root = root
+        self._ledger = ledger
         self._state = state
         self._client = client
         self._external = ExternalTocs(client)
@@ -254,10 +256,11 @@ class Loader:
                         toc_offset=loaded.toc_offset,
                         packing=Packing.GZIP if promised.form is Form.ESTARGZ else Packing.ZSTD,
                     )
-                    out.flush()
-                    os.fsync(out.fileno())
                 (fresh / "toc.zst").write_bytes(loaded.packed or zstd.compress(loaded.document, 1))
-                (fresh / "end").write_bytes(loaded.end)
+                with (fresh / "end").open("wb") as end:
+                    end.write(loaded.end)
+                    end.flush()
+                    self._ledger.stamp(end.fileno())
                 record = self._state.add_layer(
                     descriptor.digest,
                     promised.toc_digest,

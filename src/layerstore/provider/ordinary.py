@@ -5,8 +5,8 @@ and hashes the tar stream, and the caller's turns the archive into objects and a
 What is published was checked over the whole stream: the blob's digest and size, and the
 diff ID.
 
-Nothing is synced: after a power failure a blob that is short is noticed and fetched again,
-and an index or checkpoints by their checksums.
+Nothing is synced: after a power failure blob and objects are suspect (``content.ledger``), an
+index or checkpoints are known by their checksums.
 
 The index cuts files where the compressed stream can be entered: at checkpoints (gzip), at
 frames (zstd), anywhere (tar).  So when objects and blob are gone, a file is fetched again by
@@ -133,6 +133,7 @@ def ingest_layer(
             stored = BlobFile(path, opened, size, size)
             for unit in range(stored.units):
                 stored.mark(unit)
+            objects.ledger.stamp(stored.file.fd)
     except OSError as error:
         raise StorageError(f"cannot store: {error.strerror}", subject=str(directory)) from error
     return IngestedLayer(found, plain.size, plain.compression(), summary.entries)

@@ -76,9 +76,9 @@ class Store:
         self.policy = policy or Policy()
         self._state = State(root / "state.sqlite")
         self._images = Images(self._state, client)
-        self._loader = Loader(root / "layers", self._state, client)
-        self._scheduler = Scheduler()
         self._objects = ObjectStore(root / "content")
+        self._loader = Loader(root / "layers", self._state, client, self._objects.ledger)
+        self._scheduler = Scheduler()
         self.ingests = Ingests(self._state, client, self._objects, self._scheduler, self._loader)
         self.layers = Layers(
             self._state,
@@ -105,6 +105,7 @@ class Store:
         self._closed = False
         self._writer = threading.Thread(target=self._write_uses, name="uses", daemon=True)
         self._writer.start()
+        self._objects.ledger.keep_syncing()
         self.layers.resume()
 
     def _find_sources(self) -> None:
@@ -453,6 +454,7 @@ class Store:
         self.layers.close()
         self._objects.close()
         self._state.close()
+        self._objects.ledger.end()
 
 
 def _is_lazy(descriptor: Descriptor) -> bool:

@@ -266,6 +266,7 @@ def test_where_all_is_lost_a_file_costs_its_range_only(
 
 
 def test_a_second_layer_stores_no_file_twice(ingest: Ingest):
+    ingest.objects.ledger.sync()
     ingest(BLOBS["gzip"][0])
     before = {path: path.stat().st_ino for path in ingest.root.glob("content/objects/*/*")}
     assert len(before) == len({bytes(data) for data in FILES.values() if data})
