@@ -164,15 +164,14 @@ class Store:
             return
         with self._lock:
             refusal = self._recent_refusal(key, reference)
-            if refusal is not None:
-                self._lookups[refusal.reason] += 1
-            else:
+            if refusal is None:
                 waiting = self._pending.get(key)
                 if waiting is not None:
                     waiting.append(answer)
                     return
                 self._pending[key] = [answer]
         if refusal is not None:
+            self._count_refusal(reference, name, refusal)
             answer(refusal)
             return
         deadline = time.monotonic() + limits.RESOLVE_SECONDS
@@ -248,7 +247,6 @@ class Store:
         with self._lock:
             waiting = self._pending.pop(key, [])
             if isinstance(result, Refusal):
-                self._lookups[result.reason] += len(waiting)
                 if result.reason not in _PASSING:
                     self._refused[key] = (time.monotonic(), result)
                     self._refused.move_to_end(key)
@@ -256,13 +254,18 @@ class Store:
                     self._refused.popitem(last=False)
             else:
                 self._lookups["resolved"] += len(waiting)
-        if isinstance(result, Refusal):
-            _log.warning(
-                "event=lookup-refused reason=%s reference=%s layer=%s detail=%s",
-                result.reason, reference or "-", name, result,
-            )  # fmt: skip
         for answer in waiting:
+            if isinstance(result, Refusal):
+                self._count_refusal(reference, name, result)
             answer(result)
+
+    def _count_refusal(self, reference: str, name: Digest, refusal: Refusal) -> None:
+        """Each refused lookup is one line in the log and one more of its reason."""
+        self._count(refusal.reason)
+        _log.warning(
+            "event=lookup-refused reason=%s reference=%s layer=%s detail=%s",
+            refusal.reason, reference or "-", name, refusal,
+        )  # fmt: skip
 
     def _find(self, reference: str, name: Digest, deadline: float) -> View:
         match = (
@@ -371,11 +374,8 @@ class Store:
 
     def refuse_quarantined(self, view: View) -> None:
         """A lookup met a layer that was shown once and is in quarantine now."""
-        self._count(QUARANTINED)
-        _log.warning(
-            "event=lookup-refused reason=%s reference=%s layer=%s detail=%s",
-            QUARANTINED, view.reference or "-", view.name, "it was found to be false",
-        )  # fmt: skip
+        refusal = Refusal(QUARANTINED, "it was found to be false")
+        self._count_refusal(view.reference, view.name, refusal)
 
     def quarantined(self, view: View) -> bool:
         """Whether the layer must not be shown any more.  Never waits."""

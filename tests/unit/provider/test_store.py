@@ -9,6 +9,7 @@ import pytest
 
 from layerstore import limits
 from layerstore.errors import LayerstoreError
+from layerstore.image import Digest
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, ESTARGZ_UNCOMPRESSED_SIZE
 from layerstore.provider import Refusal, View
 
@@ -230,6 +231,24 @@ def test_what_cannot_be_trusted_is_refused_with_its_reason(
     assert asker.store.status()["lookups"] == {reason: 1}
     # the image's other layer is none the worse for it
     assert asker.read(asker.view(ref(registry), image.layers[1].digest), "etc/b") == b"b"
+
+
+def test_each_refused_lookup_is_one_line_and_one_more_of_its_reason(
+    asker, publisher, registry, caplog
+):
+    publisher.push("app", "1", FILES)
+    registry.fault("latency", match="manifests", seconds=0.2, times=1)
+    answered: list[View | Refusal] = []
+    absent = Digest("sha256:" + "2" * 64)
+    for _ in range(3):  # they wait for one answer
+        asker.store.resolve(ref(registry), absent, answered.append)
+    asker.lookup(ref(registry), absent)
+    assert asker.reason(ref(registry), absent) == "not-in-image"  # answered from memory
+    assert len(answered) == 3
+    lines = [r.getMessage() for r in caplog.records if "lookup-refused" in r.getMessage()]
+    assert len(lines) == 5
+    assert all("reason=not-in-image" in line for line in lines)
+    assert asker.store.status()["lookups"] == {"not-in-image": 5}
 
 
 def test_an_honest_digest_with_a_foreign_toc_shows_only_the_foreign_view(
