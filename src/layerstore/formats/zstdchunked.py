@@ -122,7 +122,7 @@ def tar_length(packed: bytes, expected: Digest) -> int:
         try:
             for line in lines:
                 total += _length(decode(line))
-        except (msgspec.MsgspecError, UnicodeError, RecursionError, binascii.Error) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise InvalidLayer(f"the tar-split is damaged: {error}") from None
         if total > limits.LAYER_BYTES:
             raise LimitExceeded("the tar-split describes too long an archive")

@@ -12,7 +12,6 @@ docker-credential-helpers protocol.
 from __future__ import annotations
 
 import base64
-import binascii
 import logging
 import os
 import subprocess
@@ -280,7 +279,7 @@ def _entry(entry: _Entry | None, path: Path) -> Credential | None:
     if entry.auth:
         try:
             decoded = base64.b64decode(entry.auth, validate=True).decode("utf-8")
-        except (binascii.Error, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError("an auth value is not base64", subject=str(path)) from error
         username, colon, password = decoded.partition(":")
         if not colon:

@@ -156,6 +156,7 @@ def test_lines_are_added_up():
         lines(SEGMENT, {"type": 3}),
         lines({"type": 1, "size": -1}),
         lines({"type": 2, "payload": "&&&"}),
+        lines({"type": 2, "payload": "\u00e9"}),
         lines({"type": 2, "payload": 5}),
         lines({"size": 1}),
         b"[]\n",

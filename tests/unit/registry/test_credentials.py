@@ -136,7 +136,9 @@ class TestFiles:
         with pytest.raises(ConfigError, match="broken"):
             store.lookup("other/x")
 
-    @pytest.mark.parametrize("auth", ["!!!", base64.b64encode(b"no colon").decode(), "w7wK/w=="])
+    @pytest.mark.parametrize(
+        "auth", ["!!!", "\u00e9", base64.b64encode(b"no colon").decode(), "w7wK/w=="]
+    )
     def test_broken_entry(self, tmp_path: Path, auth: str) -> None:
         store = CredentialStore((_auths(tmp_path / "a", auths={"host": {"auth": auth}}),))
         with pytest.raises(ConfigError):
