@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from lab import trees
+from lab.fdstore import FdStore
 from lab.oci import StoredImage
 from lab.podman import Flavour, PodmanEnv
 from lab.recording import RecordingProxy, Request
@@ -44,7 +45,10 @@ class Rig:
         provider_upstream: str | None = None,
         config: str = "",
         with_reference: bool = True,
+        fd_store: FdStore | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
+        """``fd_store`` and ``variables`` (of the environment) are for the service."""
         self.flavour: Final = flavour
         self.client: Final = RecordingProxy(upstream)
         """What Podman asks."""
@@ -63,8 +67,10 @@ class Rig:
             environment={
                 **self.env.environment(),
                 "CONTAINERS_REGISTRIES_CONF": str(conf),
+                **(variables or {}),
             },
             config=config,
+            fd_store=fd_store,
         )
         self.with_reference: Final = with_reference
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from lab.fdstore import FdStore
+from layerstore.service import request
+
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 20.0
 _NO_REPAIR: Final = "[repair]\nenabled = false\n"
@@ -27,7 +30,7 @@ class LayerstoreService:
     """`layerstore serve` on ``directory/store`` with its state in ``directory/state``.
 
     ``environment`` replaces os.environ for it (registries.conf, auth.json ...);
-    ``config`` is the text of its configuration file.  A context manager: stops the
+    ``config`` is the text of its configuration file; ``fd_store`` starts it in systemd's place.  A context manager: stops the
     process (by pid) at the end and makes sure that nothing stays mounted.
     """
 
@@ -37,7 +40,9 @@ class LayerstoreService:
         *,
         environment: Mapping[str, str] | None = None,
         config: str = "",
+        fd_store: FdStore | None = None,
     ) -> None:
+        self._fd_store = fd_store
         self.directory: Final = directory.absolute()
         self.mountpoint: Final = self.directory / "store"
         self.root: Final = self.directory / "state"
@@ -54,48 +59,68 @@ class LayerstoreService:
         self._config.write_text(config if "[repair]" in config else f"{config}\n{_NO_REPAIR}")
 
     @property
-    def pid(self) -> int:
-        """Process id of the running service."""
+    def keeper_pid(self) -> int:
+        """Process id of the keeper, which was started here and takes signals."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server that serves now."""
+        return int(request(self.root, "status")["pid"])
 
     def start(self) -> None:
         """Start it and wait until it serves."""
         with self.log_file.open("ab") as log:
             start = log.tell()
-            self._process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "layerstore.cli", "serve", str(self.mountpoint),
-                    "--root", str(self.root), "--config", str(self._config),
-                ],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )  # fmt: skip
+            command = [
+                sys.executable, "-m", "layerstore.cli", "serve", str(self.mountpoint),
+                "--root", str(self.root), "--config", str(self._config),
+            ]  # fmt: skip
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            if self._fd_store is None:
+                self._process = subprocess.Popen(command, env=self._environment, **streams)
+            else:
+                self._process = self._fd_store.start(command, self._environment, **streams)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
-            with self.log_file.open() as text:
-                text.seek(start)
-                if "event=serving" in text.read():
-                    return
+            if "event=serving" in self._log_since(start):
+                return
             time.sleep(0.02)
         self.stop()
         raise ServiceStartError(self.log())
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it with a signal; its exit status."""
+        """End it with a signal, and once more where containers use it still; its exit status."""
         if self._process is None:
             return 0
+        start = self.log_file.stat().st_size
         if self._process.poll() is None:
             self._process.send_signal(number)
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if "event=draining" in self._log_since(start):
+                self._process.send_signal(number)
+                break
+            time.sleep(0.02)
         try:
-            status = self._process.wait(STOP_SECONDS)
+            status = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
         self._process = None
         return status
+
+    def leave(self) -> subprocess.Popen[bytes]:
+        """Have nothing to do with the running process any more: it is the caller's to end."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        return process
+
+    def _log_since(self, start: int) -> str:
+        with self.log_file.open("rb") as text:
+            text.seek(start)
+            return text.read().decode(errors="replace")
 
     def log(self) -> str:
         """Everything it logged."""

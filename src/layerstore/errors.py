@@ -220,3 +220,8 @@ class NoServiceError(ServiceError):
     """No service runs where one was asked for."""
 
     code = "no-service"
+
+
+def exit_status(error: LayerstoreError) -> int:
+    """2 for what the caller got wrong, 1 for the rest and for what is simply not there."""
+    return 2 if error.fault is Fault.CALLER and not isinstance(error, UnknownObject) else 1

@@ -124,6 +124,20 @@ CONTROL_ANSWER_BYTES: Final = 64 * MIB
 CONTROL_CONNECTIONS: Final = 32
 CONTROL_SECONDS: Final = 10.0
 
+# -- keeper and server ------------------------------------------------------------
+KEEPER_MESSAGE_BYTES: Final = 128 * KIB
+KEEPER_MOUNTS: Final = 32  # held by one keeper: the mount, and detached ones with users
+KEEPER_CLIENTS: Final = 16  # connections to its socket
+SERVER_PREPARE_SECONDS: Final = 60.0  # a new server has imported and checked everything by then
+SERVER_STOP_SECONDS: Final = 10.0  # an old one has let go of its state by then, or is killed
+SERVER_LOCK_SECONDS: Final = 5.0  # a new one waits so long for the state
+SERVER_STEADY_SECONDS: Final = 1.0  # one that served so long did not die at once
+SPARE_SECONDS: Final = 2.0  # after a start the next server is made ready
+SPARE_RETRY_SECONDS: Final = 30.0  # if one that waits was killed
+RESTART_FIRST_SECONDS: Final = 0.1  # before the second start in a row that failed, doubled up to
+RESTART_MAX_SECONDS: Final = 10.0
+HANDOVER_SECONDS: Final = 30.0  # verbs wait so long for a service that changes its server
+
 # -- graph root ------------------------------------------------------------------
 LAYER_ENTRIES: Final = 4_000_000  # entries of one layer's tar archive
 LAYER_OWNERS: Final = 65_536  # users, and groups, of one layer: its record lists them

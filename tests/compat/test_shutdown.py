@@ -27,7 +27,7 @@ def processes(directory: Path) -> list[int]:
                 line = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"layerstore.cli" in line and os.fsencode(directory) in line:
+            if b"layerstore." in line and os.fsencode(directory) in line:
                 found.append(int(entry.name))
     return found
 
@@ -39,7 +39,7 @@ def test_a_signal_leaves_a_plain_empty_directory(
     image = rig.image(small.name)
     rig.env.podman("pull", image)
     assert str(rig.store) in mounts()
-    assert processes(rig.service.directory) == [rig.service.pid]
+    assert {rig.service.keeper_pid, rig.service.pid} <= {*processes(rig.service.directory)}
     began = time.monotonic()
     assert rig.service.stop(number) == 0
     assert time.monotonic() - began < 5
@@ -63,13 +63,38 @@ def test_a_signal_leaves_a_plain_empty_directory(
     assert rig.env.podman("run", "--rm", image).stdout.startswith("hello from small")
 
 
-def test_it_stops_under_a_running_container(rig: Rig, small: Pushed) -> None:
+def test_running_containers_keep_their_layers_after_a_stop(rig: Rig, small: Pushed) -> None:
+    image = rig.image(small.name)
+    rig.env.podman("pull", image)
+    container = rig.env.podman("run", "-d", image, "sleep", "600").stdout.strip()
+    keeper = rig.service.leave()
+    keeper.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while str(rig.store) in mounts() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(rig.store.iterdir()) == []
+    # what was never read before comes from the registry still
+    rig.provider.clear()
+    read = rig.env.podman("exec", container, "sh", "-c", "cat /data/big.bin | wc -c").stdout
+    assert int(read) > 5_000_000
+    assert rig.provider.requests() != []
+    assert "event=draining" in rig.service.log()
+    assert rig.service.status()["keeper"]["draining"] is True
+    # all else is as without a store
+    rig.env.podman("images")
+    rig.env.podman("rm", "-f", "--time=0", container)
+    assert keeper.wait(10) == 0
+    assert processes(rig.service.directory) == []
+
+
+def test_a_second_signal_ends_it_under_a_running_container(rig: Rig, small: Pushed) -> None:
     image = rig.image(small.name)
     rig.env.podman("pull", image)
     container = rig.env.podman("run", "-d", image, "sleep", "600").stdout.strip()
     began = time.monotonic()
-    assert rig.service.stop() == 0
+    assert rig.service.stop() == 0  # sends the second one
     assert time.monotonic() - began < 5
+    assert "event=draining" in rig.service.log()
     assert str(rig.store) not in mounts()
     # what it has not read yet is gone for it; Podman still gets rid of it
     rig.env.podman("rm", "-f", "--time=0", container)

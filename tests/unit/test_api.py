@@ -60,11 +60,21 @@ def test_a_verb_loads_what_it_needs() -> None:
     assert not modules & {f"layerstore.{room}" for room in rooms}
     assert "msgspec" not in modules
     modules = loaded_after("import layerstore.cli.serve")
-    assert "layerstore.fuse" in modules
-    assert "layerstore.copy" not in modules
+    assert not modules & {"layerstore.provider", "layerstore.copy", "msgspec"}
     modules = loaded_after("import layerstore.cli.images")
     assert "layerstore.graphroot" in modules
     assert not modules & {"layerstore.copy", "layerstore.fuse", "layerstore.service", "urllib3"}
+
+
+def test_the_keeper_stays_small_and_the_server_has_all() -> None:
+    modules = loaded_after("import layerstore.service.keeper")
+    assert "layerstore.fuse.mount" in modules
+    rooms = ("provider", "content", "registry", "graphroot", "layertree", "formats", "copy", "cli")
+    assert not modules & {f"layerstore.{room}" for room in rooms}
+    assert not modules & {"msgspec", "urllib3", "sqlite3", "ssl", "rich", "asyncio"}
+    modules = loaded_after("import layerstore.service.server")
+    assert "layerstore.provider" in modules
+    assert not modules & {"layerstore.copy", "layerstore.cli"}
 
 
 def test_the_examples_of_the_documents_run(

@@ -19,7 +19,6 @@ from typing import Annotated, Final, NoReturn
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from layerstore import __version__
-from layerstore.cli.common import exit_status
 from layerstore.cli.process import (
     Ended,
     ending_by_signals,
@@ -28,11 +27,12 @@ from layerstore.cli.process import (
     open_missing_streams,
 )
 from layerstore.cli.rootless import enter_namespace
-from layerstore.errors import LayerstoreError
+from layerstore.errors import LayerstoreError, exit_status
 
 VERBS: Final = {
     "Service": {
         "serve": "serve:serve",
+        "reload": "reload:reload",
         "status": "status:status",
         "fetch": "fetch:fetch",
         "explain": "explain:explain",
@@ -85,7 +85,7 @@ def _launch(
     if debug:
         logging.getLogger("layerstore").setLevel(logging.DEBUG)
     open_missing_streams()
-    # the service has its own way to end
+    # it becomes another program, with its own way to end
     signals = nullcontext() if tokens[:1] == ("serve",) else ending_by_signals()
     try:
         with signals:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from layerstore.errors import Fault, LayerstoreError, UnknownObject, UsageError
+from layerstore.errors import LayerstoreError, UsageError, exit_status
 
 if TYPE_CHECKING:
     from layerstore.graphroot.storageconf import StorageConfig
@@ -139,11 +139,6 @@ def _explicit(creds: str, host: str | None) -> Any:
 
 
 # -- errors ------------------------------------------------------------------------
-
-
-def exit_status(error: LayerstoreError) -> int:
-    """2 for what the caller got wrong, 1 for the rest and for what is simply not there."""
-    return 2 if error.fault is Fault.CALLER and not isinstance(error, UnknownObject) else 1
 
 
 def finish(errors: Sequence[LayerstoreError]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from layerstore import service
 from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT
+from layerstore.service.child import interpreter
+
+_KEEPER = "layerstore.service.keeper"
 
 
 def serve(
@@ -26,14 +28,16 @@ def serve(
 ) -> None:
     """Serve the additional layer store on MOUNTPOINT.
 
-    Runs in the foreground until SIGTERM or SIGINT, logs to stderr, and unmounts at
-    its end.
+    Runs in the foreground until SIGTERM or SIGINT, logs to stderr, and unmounts at its end. While
+    containers still use the store it goes on for them; a second signal ends it at once.
     """
-    settings = service.load(config)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    where = root or Path(settings.root)
-    service.serve(mountpoint.absolute(), where.absolute(), settings)
+    arguments = [str(mountpoint.absolute())]
+    if root is not None:
+        arguments += ["--root", str(root.absolute())]
+    if config is not None:
+        arguments += ["--config", str(config.absolute())]
+    if logging.getLogger("layerstore").level == logging.DEBUG:
+        arguments.append("--debug")
+    command = interpreter(_KEEPER, arguments)
+    # the keeper is a small process: nothing of this program is needed any more
+    os.execv(command[0], command)  # noqa: S606 - no shell is wanted

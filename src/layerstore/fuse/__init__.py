@@ -1,5 +1,6 @@
 """FUSE, the kernel's protocol for file systems in user space: wire format, mount, request loop."""
 
+from .journal import Journal
 from .mount import (
     MountInfo,
     abort_connection,
@@ -42,6 +43,7 @@ __all__ = [
     "Deferred",
     "Ended",
     "FuseError",
+    "Journal",
     "MountInfo",
     "Negotiated",
     "Operations",

@@ -31,12 +31,14 @@ class SessionOptions:
     and obey ACL xattrs, at one request per inode.  ``passthrough`` allows backing files
     (initial user namespace only) and needs an `open` handler.  ``allow_idmap`` permits
     idmapped mounts of the file system and needs the mount option default_permissions.
+    ``resend`` False does without RESEND, as kernels before 6.9 do.
     """
 
     readdirplus: str = "always"
     posix_acl: bool = False
     allow_idmap: bool = False
     passthrough: bool = False
+    resend: bool = True
     max_background: int = 64
     congestion_threshold: int = 48
     max_readahead: int = MAX_REQUEST_PAGES * wire.PAGE_BYTES
@@ -93,8 +95,9 @@ def wanted_flags(options: SessionOptions) -> int:
         | wire.NO_OPENDIR_SUPPORT
         | wire.MAX_PAGES
         | wire.INIT_EXT
-        | wire.HAS_RESEND
     )
+    if options.resend:
+        flags |= wire.HAS_RESEND
     if options.readdirplus != "never":
         flags |= wire.DO_READDIRPLUS
     if options.readdirplus == "auto":

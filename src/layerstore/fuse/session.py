@@ -12,6 +12,7 @@ leaves them there, and its successor on the same descriptor (`Session` with the 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import fcntl
@@ -27,13 +28,13 @@ from layerstore.errors import LayerstoreError, MountError
 
 from . import wire
 from .dispatch import table
+from .journal import READ_BUFFER, Journal
 from .negotiation import Negotiated, SessionOptions, negotiate
 from .operations import DEFERRED, Answer, Deferred, FuseError, Operations
 from .signals import is_dying
 
 _LOG: Final = logging.getLogger("layerstore.fuse")
 
-READ_BUFFER: Final = 64 * 1024  # nobody writes: xattr names and forget lists are the longest
 _BURST: Final = 256  # requests between two looks at time-outs and the stop flag
 _LOOKS: Final = 20  # about 40 microseconds
 _DENSE_SECONDS: Final = 0.0002  # a wait this short means that requests follow each other closely
@@ -136,15 +137,17 @@ class Session:
         *,
         options: SessionOptions | None = None,
         negotiated: Negotiated | None = None,
+        journal: Journal | None = None,
     ) -> None:
+        """``journal`` is for kernels that cannot resend."""
         self.fd = fd
         self.operations = operations
         self.options = options or SessionOptions()
         self.negotiated = negotiated
         os.set_blocking(fd, False)
-        self._buffer = bytearray(READ_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._open: dict[int, Request] = {}
+        self._journal = journal
+        self._view = memoryview(bytearray(READ_BUFFER)) if journal is None else journal.buffer
+        self._open: dict[int, Request] = {} if journal is None else journal.open_requests()
         self._deadlines: list[tuple[float, int]] = []
         self._signalled: set[int] = set()
         self._next_signal_poll = 0.0
@@ -197,6 +200,20 @@ class Session:
         if self.negotiated is None or not self.negotiated.can_resend:
             return False
         return self._notify(wire.resend_notification())
+
+    def fail_lost(self) -> int:
+        """Answer EIO to what the last server left open, where `resend` cannot; how many those were.
+
+        To be called once, after a take-over and before `run`.  Without a journal it does nothing.
+        """
+        failed = 0
+        for unique in () if self._journal is None else self._journal.left_open():
+            with contextlib.suppress(OSError):  # ENOENT: it has its answer
+                os.write(self.fd, wire.OUT_HEADER.pack(16, -errno.EIO, unique))
+                failed += 1
+        if self._journal is not None:
+            self._journal.reset()
+        return failed
 
     def run(self) -> Ended:
         """Serve until `stop` or the end of the mount."""
@@ -297,7 +314,7 @@ class Session:
     # -- the loop --------------------------------------------------------------------
     def _serve_available(self, limit: int) -> bool:
         """Handle up to ``limit`` requests; True if there is nothing more to read now."""
-        fd, buffer, handlers, counts = self.fd, self._buffer, self._handlers, self._counts
+        fd, buffer, handlers, counts = self.fd, self._view, self._handlers, self._counts
         unpack, open_requests, readv = wire.IN_HEADER.unpack_from, self._open, os.readv
         answer_open = self._answer
         buffers = [buffer]

@@ -1,10 +1,21 @@
-"""The daemon: configuration file, control socket, life cycle."""
+"""The service: keeper and server processes, configuration file, control socket.
 
-from layerstore.service.config import DEFAULT_PATH, DEFAULT_ROOT, Config, load
-from layerstore.service.control import request
-from layerstore.service.daemon import serve
-from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
-from layerstore.service.opening import passing_store
+What is named here is loaded when it is first asked for: the keeper lives in this room, too, and
+must stay small.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from layerstore.service.config import Config, load
+    from layerstore.service.control import request
+    from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
+    from layerstore.service.opening import passing_store
+    from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
+    from layerstore.service.reloading import reload
 
 __all__ = [
     "DEFAULT_PATH",
@@ -16,6 +27,28 @@ __all__ = [
     "fetcher",
     "load",
     "passing_store",
+    "reload",
     "request",
-    "serve",
 ]
+
+_HOMES: Final = {
+    "DEFAULT_PATH": "places",
+    "DEFAULT_ROOT": "places",
+    "Config": "config",
+    "FetchStatus": "fetching",
+    "FetchedLayer": "fetching",
+    "Fetcher": "fetching",
+    "fetcher": "fetching",
+    "load": "config",
+    "passing_store": "opening",
+    "reload": "reloading",
+    "request": "control",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+    return found

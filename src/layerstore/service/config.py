@@ -16,9 +16,7 @@ import msgspec
 from layerstore import limits
 from layerstore.errors import ConfigError
 from layerstore.provider import DialectL, DiskRoom, Ordinary, Policy
-
-DEFAULT_PATH: Final = Path("/etc/layerstore/config.toml")
-DEFAULT_ROOT: Final = Path("/var/lib/layerstore")
+from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
 
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS: Final = {"": 1, **{unit: 1024**power for power, unit in enumerate("kmgt", 1)}}

@@ -8,45 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from layerstore import limits
 from layerstore.errors import LayerstoreError, NoServiceError, ServiceError
+from layerstore.service import keepersocket, messages
+from layerstore.service.places import CONTROL_SOCKET
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[[Mapping[str, Any]], Mapping[str, object]]
+_RETRY_SECONDS: Final = 0.05
 
-SOCKET_NAME = "control.sock"
-_PEER = struct.Struct("3i")
+Handler = Callable[[Mapping[str, Any]], Mapping[str, object]]
 
 
 class ControlServer:
     """Answers requests by method name, which a handler gets whole, each connection in a thread of its own."""
 
     def __init__(self, root: Path, handlers: Mapping[str, Handler]) -> None:
-        self._path = root / SOCKET_NAME
+        self._path = root / CONTROL_SOCKET
         self._handlers = handlers
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._slots = threading.Semaphore(limits.CONTROL_CONNECTIONS)
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
         try:
-            with _address(root) as address:
-                before = os.umask(0o177)
-                try:
-                    self._socket.bind(address)
-                finally:
-                    os.umask(before)
-            self._socket.listen(16)
+            self._socket = messages.listen(root, CONTROL_SOCKET, socket.SOCK_STREAM)
         except OSError as error:
             raise ServiceError(
                 f"cannot listen: {error.strerror}", subject=str(self._path)
@@ -86,10 +77,7 @@ class ControlServer:
 
     def _answer(self, connection: socket.socket) -> Mapping[str, object]:
         line = _read_line(connection)  # before any answer: unread bytes would reset the connection
-        _, uid, _ = _PEER.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        )
-        if uid not in (0, os.geteuid()):
+        if not messages.peer_may_ask(connection):
             return {"error": "only root and the owner of the service may ask"}
         try:
             request = msgspec.json.decode(line, type=dict[str, Any])
@@ -108,26 +96,29 @@ class ControlServer:
 def request(root: Path, method: str, **parameters: object) -> dict[str, Any]:
     """Ask the service whose root directory is ``root``.
 
-    Raises NoServiceError if none runs there, ServiceError if it does not answer or refuses.
+    While its keeper is alive but no server answers, a new one is on its way: it is waited for, for
+    ``HANDOVER_SECONDS``.  Raises NoServiceError if no service runs there, ServiceError if it does
+    not answer or refuses.
     """
-    path = root / SOCKET_NAME
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(limits.CONTROL_SECONDS)
+    path = root / CONTROL_SOCKET
+    line = msgspec.json.encode({"method": method, **parameters}) + b"\n"
+    end = time.monotonic() + limits.HANDOVER_SECONDS
+    while True:
         try:
-            with _address(root) as address:
-                connection.connect(address)
-            connection.sendall(msgspec.json.encode({"method": method, **parameters}) + b"\n")
-            raw = _read_line(connection, limits.CONTROL_ANSWER_BYTES)
+            raw = _exchanged(root, line)
+            break
         except PermissionError as error:
             raise ServiceError(
                 "permission denied", subject=str(path), advice="run it as the service's user"
             ) from error
         except OSError as error:
-            raise NoServiceError(
-                "no service answers here",
-                subject=str(path),
-                advice="start one with `layerstore serve`, or name its --root",
-            ) from error
+            if time.monotonic() > end or not keepersocket.is_alive(root):
+                raise NoServiceError(
+                    "no service answers here",
+                    subject=str(path),
+                    advice="start one with `layerstore serve`, or name its --root",
+                ) from error
+        time.sleep(_RETRY_SECONDS)
     try:
         answer = msgspec.json.decode(raw, type=dict[str, Any])
     except msgspec.MsgspecError as error:
@@ -135,6 +126,19 @@ def request(root: Path, method: str, **parameters: object) -> dict[str, Any]:
     if "error" in answer:
         raise ServiceError(str(answer["error"]), subject=str(path))
     return answer
+
+
+def _exchanged(root: Path, line: bytes) -> bytes:
+    """The answer to a request.  OSError, also if the server ended before it gave one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(limits.CONTROL_SECONDS)
+        with messages.address(root, CONTROL_SOCKET) as address:
+            connection.connect(address)
+        connection.sendall(line)
+        raw = _read_line(connection, limits.CONTROL_ANSWER_BYTES)
+    if not raw:
+        raise ConnectionResetError("the server ended")
+    return raw
 
 
 def _read_line(connection: socket.socket, most: int = limits.CONTROL_REQUEST_BYTES) -> bytes:
@@ -145,13 +149,3 @@ def _read_line(connection: socket.socket, most: int = limits.CONTROL_REQUEST_BYT
             break
         data += piece
     return bytes(data)
-
-
-@contextlib.contextmanager
-def _address(root: Path) -> Iterator[str]:
-    """The socket's path, short enough for any root: sun_path holds only 107 bytes."""
-    descriptor = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,4 @@
-"""The service: mounts the store, runs the request loop, ends cleanly.
-
-SIGTERM and SIGINT unmount lazily and leave the plain directory: Podman demands
-that every configured store is a directory, and works without us then.
-"""
+"""The service itself: a store on mounts that a keeper holds, and whom it may ask about it."""
 
 from __future__ import annotations
 
@@ -10,99 +6,118 @@ import contextlib
 import gc
 import logging
 import os
+import queue
 import resource
-import signal
 import sys
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Final
+from typing import Any, Final
 
-from layerstore import __version__, fuse, limits
-from layerstore.errors import ConfigError, MountError, ServiceError, StorageError
-from layerstore.fuse.layerstore_fs import StoreFilesystem
+from layerstore import __version__, limits
+from layerstore.errors import ConfigError
 from layerstore.graphroot.storageconf import StorageConfig
-from layerstore.provider import Store, limit_arenas
+from layerstore.provider import limit_arenas
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.fetching import fetch_methods
+from layerstore.service.held import HeldMount
 from layerstore.service.opening import open_store
 from layerstore.service.recordrepair import RecordRepair
+from layerstore.service.sessions import Sessions
 
 _log = logging.getLogger(__name__)
 
-# Worker threads that run Python code give way to the loop this often.
+# Worker threads that run Python code give way to the loops this often.
 _SWITCH_SECONDS: Final = 0.0005
 
 
-def serve(mountpoint: Path, root: Path, config: Config) -> None:
-    """Serve the store on ``mountpoint`` until a signal or an unmount ends it.
+class Service:
+    """The store below ``root`` on ``mounts``, the first of which is the one that is attached.
 
-    Raises ServiceError if another service uses ``root``, MountError, StorageError
-    and ConfigError.
+    ``keeper`` is what the keeper says of itself for `layerstore status`.  As a context manager:
+    from the end of ``with`` on, state and control socket are free for the next server.  Raises
+    ServiceError if the state stays in use, StorageError and ConfigError.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    _raise_file_limit()
-    limit_arenas()
-    _make_directories(mountpoint, root)
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(open_store(root, config))
+
+    def __init__(
+        self, mounts: Sequence[HeldMount], root: Path, config: Config, keeper: Mapping[str, Any]
+    ) -> None:
+        self._mounts = mounts
+        self._root = root
+        self._keeper = dict(keeper)
+        self._news: queue.SimpleQueue[tuple[HeldMount, Exception | None] | None]
+        self._news = queue.SimpleQueue()
+        self._stack = contextlib.ExitStack()
+        self._config = config
+
+    def __enter__(self) -> Service:
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        _raise_file_limit()
+        limit_arenas()
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        root, config = self._root, self._config
+        store = stack.enter_context(open_store(root, config, patience=limits.SERVER_LOCK_SECONDS))
         repair = RecordRepair(_graph_roots(config))
         stack.callback(repair.close)
-        filesystem = StoreFilesystem(store, released=repair.released)
-        stack.callback(filesystem.close)
-        _run(mountpoint, root, store, filesystem, repair, stack)
-    _log.info("event=stopped mountpoint=%s", mountpoint)
+        sessions = Sessions(
+            self._mounts, store, released=repair.released, ended=lambda *news: self._news.put(news)
+        )
+        stack.callback(sessions.close)
+        stack.callback(sessions.stop)
+        store.layers.quarantined = sessions.forget_layer
+        started = time.time()
 
+        def status(_: Mapping[str, object]) -> Mapping[str, object]:
+            return {
+                "version": __version__,
+                "pid": os.getpid(),
+                "keeper_pid": self._keeper.get("pid"),
+                "keeper": self._keeper,
+                "mountpoint": self._mounts[0].mountpoint,
+                "root": str(root),
+                "uptime_seconds": round(time.time() - started, 1),
+                "read_errors": sessions.read_errors,
+                "records_rebuilt": repair.rebuilt,
+                "fuse": sessions.statistics(),
+                **store.status(),
+            }
 
-def _run(
-    mountpoint: Path,
-    root: Path,
-    store: Store,
-    filesystem: StoreFilesystem,
-    repair: RecordRepair,
-    stack: contextlib.ExitStack,
-) -> None:
-    descriptor = fuse.mount(mountpoint)
-    stack.callback(os.close, descriptor)
-    stack.callback(_unmount, mountpoint)
-    session = fuse.Session(descriptor, filesystem, options=fuse.SessionOptions(posix_acl=True))
-    stack.callback(session.close)
-    # a server that takes the mount over later needs to know what was agreed
-    negotiated = session.handshake()
-    (root / "session.json").write_text(negotiated.to_json())
-    fuse.set_read_ahead(mountpoint)
-    store.layers.quarantined = partial(filesystem.forget_layer, session)
-    started = time.time()
+        control = ControlServer(root, {"status": status, **fetch_methods(store.fetches)})
+        stack.callback(control.close)
+        gc.collect()
+        gc.freeze()
+        sessions.start()
+        _log.info(
+            "event=serving mountpoint=%s root=%s pid=%d mounts=%d",
+            self._mounts[0].mountpoint, root, os.getpid(), len(self._mounts),
+        )  # fmt: skip
 
-    def status(_: Mapping[str, object]) -> Mapping[str, object]:
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "mountpoint": str(mountpoint),
-            "root": str(root),
-            "uptime_seconds": round(time.time() - started, 1),
-            "read_errors": filesystem.read_errors,
-            "records_rebuilt": repair.rebuilt,
-            "fuse": session.statistics(),
-            **store.status(),
-        }
+    def keeper_says(self, news: Mapping[str, Any]) -> None:
+        """What has changed with the keeper."""
+        self._keeper.update(news)
 
-    control = ControlServer(root, {"status": status, **fetch_methods(store.fetches)})
-    stack.callback(control.close)
+    def stop(self) -> None:
+        """Make `next_end` return None; from any thread and from signal handlers."""
+        self._news.put(None)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        session.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    gc.collect()
-    gc.freeze()
-    _log.info("event=serving mountpoint=%s root=%s pid=%d", mountpoint, root, os.getpid())
-    ended = session.run()
-    _log.info("event=stopping reason=%s", ended.value)
+    def next_end(self) -> HeldMount | None:
+        """Wait for the next mount that is gone; None after `stop`.  Raises what broke a loop."""
+        news = self._news.get()
+        if news is None:
+            return None
+        mount, error = news
+        if error is not None:
+            raise error
+        return mount
 
 
 def _graph_roots(config: Config) -> tuple[Path, ...]:
@@ -118,31 +133,9 @@ def _graph_roots(config: Config) -> tuple[Path, ...]:
         return ()
 
 
-def _make_directories(mountpoint: Path, root: Path) -> None:
-    if mountpoint.is_relative_to(root / "content") or root.is_relative_to(mountpoint):
-        raise ServiceError("root directory and mount point lie in each other's way")
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
-    if fuse.find_mount(mountpoint) is not None:
-        return  # fuse.mount decides what to do about it
-    try:
-        mountpoint.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MountError(f"cannot create: {error.strerror}", subject=str(mountpoint)) from error
-
-
 def _raise_file_limit() -> None:
     """Take as many descriptors as are permitted: three a layer, and those of open objects."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, limits.OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _unmount(mountpoint: Path) -> None:
-    try:
-        fuse.unmount(mountpoint)
-    except MountError as error:
-        _log.error("event=unmount-failed error=%s", error)

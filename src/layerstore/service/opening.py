@@ -5,31 +5,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from layerstore import limits
 from layerstore.errors import ServiceError, StorageError
 from layerstore.provider import Ordinary, Store
 from layerstore.registry import RegistryClient, RegistrySettings
 from layerstore.service.config import Config, OrdinaryConfig
+from layerstore.service.places import SERVER_LOCK
 
 
 @contextlib.contextmanager
-def open_store(root: Path, config: Config) -> Iterator[Store]:
+def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator[Store]:
     """The store below ``root``, for this process alone.
 
-    Raises ServiceError if a service uses it, StorageError and ConfigError.
+    Raises ServiceError if a service uses it, and still does after ``patience`` seconds,
+    StorageError and ConfigError.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(root))
-        client = RegistryClient(
-            RegistrySettings.from_system(
-                auth_file=_path(config.registry.authfile),
-                registries_conf=_path(config.registry.registries_conf),
-            )
-        )
+        stack.enter_context(_locked(root, patience))
+        client = RegistryClient(registry_settings(config))
         stack.callback(client.close)
         store = Store(
             root,
@@ -40,6 +39,14 @@ def open_store(root: Path, config: Config) -> Iterator[Store]:
         )
         stack.callback(store.close)
         yield store
+
+
+def registry_settings(config: Config) -> RegistrySettings:
+    """Where registries are and how to speak to them.  Raises ConfigError."""
+    return RegistrySettings.from_system(
+        auth_file=_path(config.registry.authfile),
+        registries_conf=_path(config.registry.registries_conf),
+    )
 
 
 @contextlib.contextmanager
@@ -70,9 +77,9 @@ def _path(text: str | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _locked(root: Path, patience: float) -> Iterator[None]:
     """Hold the root directory's lock, so that two services never share it."""
-    path = root / "lock"
+    path = root / SERVER_LOCK
     try:
         lock = path.open("w")
     except OSError as error:
@@ -81,11 +88,16 @@ def _locked(root: Path) -> Iterator[None]:
             subject=str(path),
             advice="run it as the owner of the root directory, or name another --root",
         ) from error
+    end = time.monotonic() + patience
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ServiceError(
-                "another layerstore service uses this root directory", subject=str(root)
-            ) from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise ServiceError(
+                        "another layerstore service uses this root directory", subject=str(root)
+                    ) from error
+            time.sleep(limits.LOCK_RETRY_SECONDS)
         yield

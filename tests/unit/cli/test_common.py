@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from layerstore.cli import common
-from layerstore.errors import InUse, NetworkError, UnknownObject, UsageError
+from layerstore.errors import InUse, NetworkError, UnknownObject, UsageError, exit_status
 from layerstore.image import Digest
 
 NOW = 1_700_000_000.0
@@ -98,9 +98,9 @@ def test_errors_of_several_arguments(capsys: pytest.CaptureFixture[str]) -> None
         common.finish([UnknownObject("gone", subject="a"), InUse("needed", subject="b")])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "layerstore: a: gone\nlayerstore: b: needed\n"
-    assert common.exit_status(UnknownObject("gone")) == 1
-    assert common.exit_status(NetworkError("down")) == 1
-    assert common.exit_status(UsageError("what")) == 2
+    assert exit_status(UnknownObject("gone")) == 1
+    assert exit_status(NetworkError("down")) == 1
+    assert exit_status(UsageError("what")) == 2
 
 
 def test_storage_flags_win_over_storage_conf(

@@ -11,7 +11,8 @@ import pytest
 
 from layerstore import limits, service
 from layerstore.errors import NoServiceError, ServiceError, UnknownObject
-from layerstore.service.control import SOCKET_NAME, ControlServer
+from layerstore.service.control import ControlServer
+from layerstore.service.places import CONTROL_SOCKET
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def raw(root: Path, data: bytes) -> bytes:
     with socket.socket(socket.AF_UNIX) as client:
         directory = os.open(root, os.O_PATH)
         try:
-            client.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
+            client.connect(f"/proc/self/fd/{directory}/{CONTROL_SOCKET}")
         finally:
             os.close(directory)
         client.settimeout(5)
@@ -74,13 +75,13 @@ def test_where_no_service_runs_the_error_says_so(tmp_path: Path):
 
 
 def test_the_socket_is_private(root: Path):
-    assert stat.S_IMODE((root / SOCKET_NAME).stat().st_mode) == 0o600
+    assert stat.S_IMODE((root / CONTROL_SOCKET).stat().st_mode) == 0o600
 
 
 def test_other_users_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch):
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
-    os.chmod(root / SOCKET_NAME, 0o666)
+    os.chmod(root / CONTROL_SOCKET, 0o666)
     for parent in (root, *root.parents[:4]):
         parent.chmod(0o755)
     reader, writer = os.pipe()

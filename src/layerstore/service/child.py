@@ -1,0 +1,126 @@
+"""A server process, as its keeper sees it.
+
+A server first prepares (imports everything, checks the configuration), says so, and waits.  Only
+when it is told to serve does it touch state and mounts, so that a new one can be made ready beside
+the old one.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from layerstore import limits
+from layerstore.errors import ServiceError
+from layerstore.service import messages, systemd
+
+MODULE: Final = "layerstore.service.server"
+LINK_FD: Final = 3  # the server's end of its socket
+
+
+class Stage(enum.Enum):
+    """How far a server is."""
+
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    STARTING = "starting"  # told to serve
+    SERVING = "serving"
+    RETIRING = "retiring"  # told to stop
+
+
+def interpreter(module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of a module of ours in a fresh interpreter.
+
+    ``-P``: without the working directory among the places of modules, which may be anybody's.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+@dataclass(slots=True)
+class Child:
+    """A running server: its process, and the keeper's end of the socket to it (non-blocking)."""
+
+    pid: int
+    link: socket.socket
+    stage: Stage = Stage.PREPARING
+    deadline: float | None = None  # by time.monotonic(): it is killed then
+    served_since: float | None = None
+    failure: str = ""
+    failure_status: int = 1
+    prepared: Mapping[str, Any] = field(default_factory=dict)
+    silent: bool = False  # its end of the socket is closed
+
+    @classmethod
+    def start(cls, arguments: Sequence[str]) -> Self:
+        """Start a server.  ServiceError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = interpreter(MODULE, ["--keeper", str(os.getpid()), *arguments])
+            try:
+                pid = os.posix_spawn(
+                    command[0],
+                    command,
+                    systemd.without_ours(os.environ),
+                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), LINK_FD)],
+                    setsigmask=(),
+                )
+            except OSError as error:
+                ours.close()
+                raise ServiceError(f"no server can be started: {error.strerror}") from error
+        ours.setblocking(False)
+        return cls(pid, ours, deadline=time.monotonic() + limits.SERVER_PREPARE_SECONDS)
+
+    def serve(self, order: Mapping[str, object], fds: Sequence[int]) -> None:
+        """Tell it to serve.  One that is gone already is met by `reap`."""
+        self.stage = Stage.STARTING
+        self.deadline = None
+        self.tell({"serve": order}, fds)
+
+    def retire(self) -> None:
+        """Tell it to let go of everything and end; it is killed if it does not."""
+        if self.stage is not Stage.RETIRING:
+            self.stage = Stage.RETIRING
+            self.deadline = time.monotonic() + limits.SERVER_STOP_SECONDS
+            self.tell({"stop": True})
+
+    def tell(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+        """Send a message.  Who cannot take one is dead or was stopped, and is killed."""
+        try:
+            messages.send(self.link, message, fds)
+        except OSError:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it by force."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.deadline = None
+
+    def said(self) -> list[dict[str, Any]]:
+        """What it said since the last call."""
+        found: list[dict[str, Any]] = []
+        while True:
+            try:
+                received = messages.receive(self.link)
+            except BlockingIOError:
+                return found
+            except ServiceError:
+                continue
+            if received is None:
+                self.silent = True
+                return found
+            found.append(received[0])
+
+    def reap(self) -> str | None:
+        """How it ended, in words; None while it runs."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        code = os.waitstatus_to_exitcode(status)
+        return f"status {code}" if code >= 0 else signal.Signals(-code).name

@@ -1,0 +1,121 @@
+"""The server process: prepares itself, waits for the keeper's word, serves, makes way.
+
+``python -m layerstore.service.server``, started by the keeper only, which holds the other end of the
+socket that is descriptor 3 here.  It never outlives its keeper: two servers at once would take
+each other's requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+from layerstore.errors import LayerstoreError, ServiceError, StorageError, exit_status
+from layerstore.service import config as configuration
+from layerstore.service import held, messages
+from layerstore.service.child import LINK_FD
+from layerstore.service.config import Config
+from layerstore.service.daemon import Service
+from layerstore.service.opening import registry_settings
+from layerstore.service.options import LOG_FORMAT
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    """Serve as the keeper says; ends the process."""
+    parser = argparse.ArgumentParser(prog="layerstore server")
+    parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("--keeper", type=int, required=True)
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--debug", action="store_true")
+    given = parser.parse_args()
+    _die_with(given.keeper)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the keeper, too
+    link = socket.socket(fileno=LINK_FD)
+    link.set_inheritable(False)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    try:
+        config = configuration.load(given.config)
+        level = "DEBUG" if given.debug else config.log_level.upper()
+        logging.getLogger().setLevel(level)
+        root = (given.root or Path(config.root)).absolute()
+        _prepare(given.mountpoint, root, config)
+        messages.send(link, {"prepared": {"root": str(root), "log_level": level}})
+        status = _wait_and_serve(link, root, config)
+    except LayerstoreError as error:
+        with contextlib.suppress(OSError):
+            messages.send(link, {"failed": str(error), "status": exit_status(error)})
+        status = exit_status(error)
+    logging.shutdown()
+    # threads that still wait for a network have nothing to finish any more
+    os._exit(status)
+
+
+def _prepare(mountpoint: Path, root: Path, config: Config) -> None:
+    """Find out what would keep us from serving, as far as the state need not be touched."""
+    if mountpoint.is_relative_to(root / "content") or root.is_relative_to(mountpoint):
+        raise ServiceError("root directory and mount point lie in each other's way")
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
+    registry_settings(config)
+
+
+def _wait_and_serve(link: socket.socket, root: Path, config: Config) -> int:
+    received = messages.receive(link)
+    if received is None or "serve" not in received[0]:
+        return 0
+    order: dict[str, Any] = received[0]["serve"]
+    mounts = held.unpack(order["mounts"], received[1])
+    left = len(mounts)
+    with Service(mounts, root, config, order["keeper"]) as service:
+        signal.signal(signal.SIGTERM, lambda *_: service.stop())
+        threading.Thread(target=_listen, args=(link, service), name="keeper", daemon=True).start()
+        messages.send(link, {"serving": True})
+        while left:
+            mount = service.next_end()
+            if mount is None:
+                break
+            left -= 1
+            messages.send(link, {"ended": mount.name})
+    return 0
+
+
+def _listen(link: socket.socket, service: Service) -> None:
+    """Hear what the keeper says; end at once if it is gone."""
+    while True:
+        try:
+            received = messages.receive(link)
+        except ServiceError:
+            continue
+        if received is None:
+            os._exit(1)
+        if "stop" in received[0]:
+            service.stop()
+        else:
+            service.keeper_says(received[0])
+
+
+def _die_with(keeper: int) -> None:
+    """Have the kernel kill this process when its keeper dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
