@@ -42,6 +42,11 @@ class LayerstoreError(Exception):
         text = f"{self.subject}: {self.what}" if self.subject else self.what
         return f"{text} ({self.advice})" if self.advice else text
 
+    @property
+    def passing(self) -> bool:
+        """Whether it says that nobody can answer now, so that asking again may help."""
+        return False
+
 
 class UsageError(LayerstoreError):
     """A command line or call that makes no sense."""
@@ -110,8 +115,9 @@ class VerificationError(ContentError):
 class RegistryError(LayerstoreError):
     """A registry's answer that is an error.
 
-    ``status`` is the HTTP status; ``codes`` are the registry's own error codes
-    (OCI distribution specification, "Error Codes").
+    ``status`` is the HTTP status, 0 for an answer that contradicts itself; ``codes`` are
+    the registry's own error codes (OCI distribution specification, "Error Codes"); ``pause``
+    is how many seconds it wants to be left alone.
     """
 
     code = "registry"
@@ -129,6 +135,11 @@ class RegistryError(LayerstoreError):
         super().__init__(what, subject=subject, advice=advice)
         self.status = status
         self.codes = codes
+        self.pause = 0.0
+
+    @property
+    def passing(self) -> bool:
+        return self.status in (408, 429) or self.status >= 500
 
 
 class NotFound(RegistryError):
@@ -161,11 +172,21 @@ class NetworkError(LayerstoreError):
     code = "network"
     fault = Fault.NETWORK
 
+    @property
+    def passing(self) -> bool:
+        return True
+
 
 class DeadlineExceeded(NetworkError):
     """The time allowed for an operation is over."""
 
     code = "timeout"
+
+
+class OutageError(NetworkError):
+    """A registry gave no answer for as long as a read may wait for it."""
+
+    code = "outage"
 
 
 class StorageError(LayerstoreError):

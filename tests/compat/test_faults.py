@@ -29,7 +29,7 @@ from layerstore.formats import FOOTER_BYTES, parse_footer, read_toc
 from layerstore.image import annotations as keys
 
 HELLO = "hello from small amd64: 199 files\n"
-NO_BACKGROUND = "background_fetch = false\n"
+NO_BACKGROUND = 'background_fetch = false\noutage.policy = "fail"\n'
 BIG = 1  # the layer that holds /data/big.bin
 MIDDLE = 6_000_000  # inside big.bin's second chunk, in the blob
 

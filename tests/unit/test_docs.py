@@ -13,7 +13,13 @@ from layerstore import errors
 from layerstore.cli import app
 from layerstore.provider import refusal
 from layerstore.service import Config
-from layerstore.service.config import DiskConfig, OrdinaryConfig, RegistryConfig, RepairConfig
+from layerstore.service.config import (
+    DiskConfig,
+    OrdinaryConfig,
+    OutageConfig,
+    RegistryConfig,
+    RepairConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -42,6 +48,7 @@ def keys() -> list[str]:
     tables: dict[str, type[msgspec.Struct]] = {
         "disk": DiskConfig,
         "ordinary": OrdinaryConfig,
+        "outage": OutageConfig,
         "registry": RegistryConfig,
         "repair": RepairConfig,
     }

@@ -1,10 +1,12 @@
 """Verified bytes on local disk: objects by digest, partial objects, fetch scheduling."""
 
+from layerstore.content.fetcher import is_passing
 from layerstore.content.files import OpenFile
 from layerstore.content.layer import LayerContent
 from layerstore.content.layermap import LayerMap
 from layerstore.content.ledger import Ledger
 from layerstore.content.objects import ObjectStore
+from layerstore.content.outages import Outages
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
@@ -18,6 +20,8 @@ __all__ = [
     "Ledger",
     "ObjectStore",
     "OpenFile",
+    "Outages",
     "Priority",
     "Scheduler",
+    "is_passing",
 ]

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Final, TypeGuard
 
 from layerstore import limits
 from layerstore.content.blob import BlobFile
 from layerstore.content.flight import Flight, FlightPlan, Waiter
+from layerstore.content.outages import Outages, gone, pause_after
 from layerstore.content.pace import Pace
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
-from layerstore.content.stream import ByteSource
-from layerstore.errors import NetworkError, ServiceError
+from layerstore.content.stream import ByteSource, Response
+from layerstore.errors import LayerstoreError, NetworkError, RegistryError, ServiceError
 
 _log = logging.getLogger(__name__)
 
 Done = Callable[[Exception | None], None]
+_FEW: Final = 2  # attempts that fail before an outage is known
 
 
 class Fetcher:
-    """Brings units of a blob here.  Thread-safe."""
+    """Brings units of a blob here.  Thread-safe.
+
+    ``places`` names the hosts that ``source`` asks, for ``outages``; ``patience`` are the
+    seconds that a read waits for one that gives no answer.
+    """
 
     def __init__(
         self,
@@ -33,11 +39,17 @@ class Fetcher:
         source: ByteSource,
         stats: LayerStats,
         totals: ContentStats,
+        outages: Outages,
+        places: Callable[[], str],
+        patience: Callable[[], float],
     ) -> None:
         self.name = name
         self._blob = blob
         self._scheduler = scheduler
         self._source = source
+        self._outages = outages
+        self._places = places
+        self._patience = patience
         self._stats = stats
         self._totals = totals
         self._lock = threading.Lock()
@@ -73,50 +85,133 @@ class Fetcher:
             flight = self._plan.sweep(
                 0, self._blob.units - 1, limits.BACKGROUND_RANGE_BYTES, Priority.BACKGROUND
             )
-        return None if flight is None else self._fly(flight)
+        return None if flight is None else self._fly_ahead(flight)
 
     # -- flights ---------------------------------------------------------------
 
     def _start(self, flight: Flight) -> None:
-        self._scheduler.submit(flight.priority, lambda: self._fly_quietly(flight))
+        flight.since = time.monotonic()
+        self._submit(flight, probe=False)
+
+    def _submit(self, flight: Flight, *, probe: bool) -> None:
+        if flight.priority is Priority.DEMAND:
+            self._scheduler.submit(flight.priority, lambda: self._fly(flight, probe=probe))
+        else:
+            self._scheduler.submit(flight.priority, lambda: self._fly_quietly(flight))
 
     def _fly_quietly(self, flight: Flight) -> None:
-        error = self._fly(flight)
+        error = self._fly_ahead(flight)
         if error is not None:
-            _log.warning("event=fetch-failed layer=%s error=%s", self.name, error)
+            self._report(error)
 
-    def _fly(self, flight: Flight) -> Exception | None:
-        """Bring all units of a flight; the error that ended it early, if one did."""
-        error: Exception | None = None
-        attempt = 0
-        flight.started = True
+    def _report(self, error: Exception) -> None:
+        _log.warning("event=fetch-failed layer=%s error=%s", self.name, error)
+
+    def _fly_ahead(self, flight: Flight) -> Exception | None:
+        """Bring units that nobody waits for; the error that ended it early, if one did.
+
+        Who came to wait for some of them is left to flights of his own.
+        """
         while True:
-            before = flight.position
-            try:
-                self._fly_on(flight)
-            except NetworkError as caught:
-                error = caught
-                attempt = 1 if flight.position > before else attempt + 1
-                if attempt < limits.FETCH_ATTEMPTS and not self._scheduler.closed:
-                    pause = limits.BACKOFF_FIRST_SECONDS * 2**attempt
-                    time.sleep(random.uniform(pause / 2, pause))
-                    continue
-            except Exception as caught:
-                error = caught
+            error = self._attempt(flight)
+            if (
+                error is None
+                or not _may_pass(error)
+                or flight.failures >= limits.FETCH_ATTEMPTS
+                or flight.urgent
+                or self._scheduler.closed
+            ):
+                break
+            flight.started = False  # a read does not join it now
+            time.sleep(pause_after(flight.failures))
+            if not self._outages.admits(self._places()):
+                break
+        self._end_flight(flight, error)
+        return error
+
+    def _fly(self, flight: Flight, *, probe: bool) -> None:
+        """Bring units that reads wait for.  While the registry gives no answer it waits elsewhere."""
+        places = self._places()
+        if not probe and not self._outages.admits(places):
+            self._wait(flight, places, probed=False)
+            return
+        error = self._attempt(flight)
+        if probe and flight.asked is None:
+            self._outages.untried(places)
+        if error is None or self._scheduler.closed:
+            self._end_flight(flight, error)
+        elif not is_passing(error):
+            if _may_pass(error) and flight.failures < limits.FETCH_ATTEMPTS:
+                self._rest(flight)
             else:
-                error = None
-            break
+                self._end_flight(flight, error)
+        elif self._outages.since(places) is not None:
+            self._wait(flight, places, probed=probe)
+        elif flight.failures > 1 and self._is_over(flight):
+            self._end_flight(flight, gone(places, time.monotonic() - flight.since, error))
+        else:
+            self._rest(flight)
+
+    def _is_over(self, flight: Flight) -> bool:
+        return time.monotonic() >= flight.since + self._patience()
+
+    def _rest(self, flight: Flight) -> None:
+        """Try again after a moment."""
+        flight.whole = False  # who joined its stream goes on alone
+        pause = pause_after(flight.failures)
+        self._outages.later(pause, lambda: self._submit(flight, probe=False))
+
+    def _wait(self, flight: Flight, places: str, *, probed: bool) -> None:
+        """Try again when the places answer, or are to be asked whether they do."""
+        flight.whole = False
+        begun = self._outages.since(places) or flight.since
+
+        def again(probe: bool) -> None:
+            if probe or flight.failures <= _FEW:
+                self._submit(flight, probe=probe)
+            else:
+                self._rest(flight)  # others have answers, and this one never has
+
+        self._outages.wait(
+            places,
+            again,
+            lambda error: self._end_flight(flight, error),
+            until=min(begun, flight.since) + self._patience(),
+            probed=probed,
+        )
+
+    def _attempt(self, flight: Flight) -> Exception | None:
+        """Go as far as it goes; what ended it early."""
+        flight.started = True
+        flight.asked = None
+        before = flight.brought
+        error: Exception | None = None
+        try:
+            self._fly_on(flight)
+        except Exception as caught:
+            error = caught
+        if flight.brought > before:
+            flight.since, flight.failures = time.monotonic(), 0
+        if error is not None:
+            flight.failures += 1
+        return error
+
+    def _end_flight(self, flight: Flight, error: Exception | None) -> None:
+        """The flight is over: who waits for what did not come gets the error, or another flight."""
+        if error is not None and flight.priority is Priority.DEMAND:
+            self._report(error)
+        calls: list[Callable[[], None]] = []
         with self._lock:
             self._plan.landed(flight)
-            left = range(flight.position, flight.last + 1)
-            calls = [
-                call
-                for unit in left
-                if self._plan.covering(unit) is None
-                for call in self._arrived(unit, error or ServiceError("the fetch was stopped"))
-            ]
+            for unit in range(flight.position, flight.last + 1):
+                if unit not in self._waiters or self._plan.covering(unit) is not None:
+                    continue
+                if error is not None and flight.priority is not Priority.DEMAND:
+                    for another in self._plan.demand(unit):
+                        self._start(another)
+                else:
+                    calls += self._arrived(unit, error or ServiceError("the fetch was stopped"))
         self._tell(calls)
-        return error
 
     def _fly_on(self, flight: Flight) -> None:
         while flight.position <= flight.last:
@@ -139,7 +234,7 @@ class Fetcher:
         asked = time.monotonic()
         latency = 0.0
         begin = offset
-        response = self._source(offset, end - offset)
+        response = self._ask(flight, offset, end - offset)
         try:
             if response.start != offset:
                 with self._lock:
@@ -163,12 +258,28 @@ class Fetcher:
                 offset += len(data)
                 while flight.position <= flight.last and self._end(flight.position) <= offset:
                     self._blob.mark(flight.position)
+                    flight.brought += 1
                     self._land(flight)
                 self._keep_going(flight)
             if flight.priority is Priority.DEMAND:  # others rest in between
                 self._pace.measured(latency, offset - begin, time.monotonic() - asked)
         finally:
             response.close()
+
+    def _ask(self, flight: Flight, offset: int, size: int) -> Response:
+        """The head of an answer; all who wait for these places learn whether one comes."""
+        asked = flight.asked = self._outages.asked(self._places())
+        patience = limits.ANSWER_FIRST_SECONDS * 2**flight.failures
+        try:
+            response = self._source(offset, size, min(patience, limits.ANSWER_MAX_SECONDS))
+        except LayerstoreError as error:
+            if error.passing:
+                self._outages.unanswered(asked, error, sure=flight.failures > 0)
+            else:
+                self._outages.answered(asked)
+            raise
+        self._outages.answered(asked)
+        return response
 
     def _end(self, unit: int) -> int:
         return self._blob.extent(unit)[1]
@@ -221,6 +332,17 @@ class Fetcher:
     def _arrived(self, unit: int, error: Exception | None) -> list[Callable[[], None]]:
         waiters = self._waiters.pop(unit, ())
         return [call for waiter in waiters if (call := waiter.arrived(error)) is not None]
+
+
+def is_passing(error: Exception) -> TypeGuard[LayerstoreError]:
+    """Whether nobody could answer: asking again may help, and soon or late it will."""
+    return isinstance(error, LayerstoreError) and error.passing
+
+
+def _may_pass(error: Exception) -> bool:
+    """The same, or an answer that contradicts itself: the next one may be right."""
+    garbled = isinstance(error, RegistryError) and not error.status
+    return garbled or is_passing(error)
 
 
 class _Units:

@@ -29,7 +29,19 @@ class Units(Protocol):
 class Flight:
     """Units ``position`` .. ``last`` are still to come; ``last`` may be cut."""
 
-    __slots__ = ("awaited", "first", "last", "position", "priority", "started", "whole")
+    __slots__ = (
+        "asked",
+        "awaited",
+        "brought",
+        "failures",
+        "first",
+        "last",
+        "position",
+        "priority",
+        "since",
+        "started",
+        "whole",
+    )
 
     def __init__(self, first: int, last: int, priority: Priority) -> None:
         self.first = first
@@ -39,6 +51,10 @@ class Flight:
         self.started = False
         self.whole = False  # one response with the blob from its first byte: it serves everyone
         self.awaited = -1  # the last unit that somebody waits for, though the flight began without
+        self.asked: object = None  # the last request of the present attempt
+        self.brought = 0  # units that came, over all attempts
+        self.failures = 0  # attempts in a row that brought nothing
+        self.since = 0.0  # when it began, or last brought a unit (monotonic)
 
     def __repr__(self) -> str:
         return f"<Flight {self.position}..{self.last} of {self.first} {self.priority.name}>"

@@ -23,6 +23,7 @@ from layerstore.content.files import OpenFile
 from layerstore.content.ingest import Ingester
 from layerstore.content.layermap import FileContent, LayerMap
 from layerstore.content.objects import ObjectStore, PartialObject
+from layerstore.content.outages import Outages
 from layerstore.content.scheduler import Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
@@ -41,7 +42,8 @@ class LayerContent:
     ``path`` is the sparse blob file; ``source`` opens a byte range of the blob at
     the registry; ``codec`` takes its members apart; ``digest`` is the announced
     SHA-256 (hex) of the blob; ``distrust`` is called when bytes that came were
-    wrong, before they are fetched again.
+    wrong, before they are fetched again; ``outages``, ``places`` and ``patience`` are those
+    of Fetcher.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class LayerContent:
         scheduler: Scheduler,
         source: ByteSource,
         stats: ContentStats,
+        outages: Outages,
+        places: Callable[[], str] = lambda: "",
+        patience: Callable[[], float] = lambda: limits.OUTAGE_FAIL_SECONDS,
         verified: bool = False,
         distrust: Callable[[], None] = lambda: None,
     ) -> None:
@@ -69,7 +74,17 @@ class LayerContent:
         self._objects = objects
         self._totals = stats
         self._ingester = Ingester(name, layer_map, codec, objects, scheduler, self.stats, stats)
-        self._fetcher = Fetcher(name, self._blob, scheduler, source, self.stats, stats)
+        self._fetcher = Fetcher(
+            name,
+            self._blob,
+            scheduler,
+            source,
+            self.stats,
+            stats,
+            outages,
+            places,
+            patience,
+        )
         self._needed = bytearray(self._blob.units)
         self._distrust = distrust
         self._verified = verified and self._blob.present.full

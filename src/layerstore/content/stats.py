@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 
 from layerstore.content.scheduler import Priority
 
@@ -28,6 +29,7 @@ class ContentStats:
         self._resolving = 0
         self._fetched = dict.fromkeys(Priority, 0)
         self._requests = dict.fromkeys(Priority, 0)
+        self._failed_reads: Counter[str] = Counter()
 
     def needed(self, size: int) -> None:
         """A read asked for this many compressed bytes for the first time."""
@@ -49,6 +51,11 @@ class ContentStats:
         with self._lock:
             self._requests[priority] += 1
 
+    def read_failed(self, reason: str) -> None:
+        """A process got EIO, for a reason that is an error's code."""
+        with self._lock:
+            self._failed_reads[reason] += 1
+
     def as_dict(self) -> dict[str, object]:
         """For the status report."""
         with self._lock:
@@ -60,4 +67,5 @@ class ContentStats:
                 },
                 "range_requests": {p.name.lower(): n for p, n in self._requests.items()},
                 "refused_units": self.failed_units,
+                "failed_reads": dict(self._failed_reads),
             }

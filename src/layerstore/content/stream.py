@@ -15,5 +15,6 @@ class Response(Protocol):
     def close(self) -> None: ...
 
 
-# open(offset, length): bytes of the blob from a registry; it may answer from byte 0.
-ByteSource = Callable[[int, int], Response]
+# open(offset, length, seconds): bytes of the blob from a registry; it may answer from byte 0.
+# The head of the answer comes within ``seconds``, else NetworkError.
+ByteSource = Callable[[int, int, float], Response]

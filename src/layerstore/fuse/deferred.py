@@ -49,7 +49,7 @@ class DeferredReader:
                 return data
         return self._later(
             request,
-            limits.READ_ANSWER_SECONDS,
+            limits.READ_ANSWER_SECONDS + self._layers.patience(slot),
             lambda: self._read_or_fetch(request, slot, entry, offset, size),
         )
 
@@ -116,6 +116,8 @@ class DeferredReader:
     def _read_failed(self, slot: int, entry: int, error: Exception | None) -> int:
         """Count and log a read that gets EIO; one line a file and period."""
         self.errors += 1
+        reason = getattr(error, "code", "storage")
+        self._layers.stats.read_failed(reason)
         now = time.monotonic()
         last = self._logged.get((slot, entry))
         if last is None or now - last > limits.READ_ERROR_LOG_SECONDS:
@@ -126,7 +128,7 @@ class DeferredReader:
             path = b"blob" if entry < 0 or layer is None else _path_of(layer, entry)
             _log.error(
                 "event=read-failed reason=%s layer=%s file=%s error=%s",
-                getattr(error, "code", "storage"),
+                reason,
                 layer.record.blob_digest if layer else slot,
                 os.fsdecode(path).encode("unicode_escape").decode(),
                 error,

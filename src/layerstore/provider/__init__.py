@@ -5,7 +5,7 @@ from layerstore.provider.explain import ExplainedImage, ExplainedLayer, Verdict,
 from layerstore.provider.fetch import Fetches
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.memory import limit_arenas
-from layerstore.provider.policy import DialectL, DiskRoom, Ordinary, Policy
+from layerstore.provider.policy import DialectL, DiskRoom, Ordinary, Outage, Policy
 from layerstore.provider.refusal import Refusal
 from layerstore.provider.state import View
 from layerstore.provider.store import Store
@@ -21,6 +21,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Ordinary",
+    "Outage",
     "Policy",
     "Refusal",
     "Store",

@@ -24,6 +24,7 @@ from layerstore.provider.ingests import Ingests
 from layerstore.provider.layers import Layers
 from layerstore.provider.loader import Loader
 from layerstore.provider.refusal import QUARANTINED, Refusal
+from layerstore.provider.sources import Sources
 from layerstore.provider.state import State
 
 _log = logging.getLogger(__name__)
@@ -62,13 +63,20 @@ class Fetches:
     """What is being fetched ahead, by job.  Thread-safe."""
 
     def __init__(
-        self, state: State, images: Images, loader: Loader, layers: Layers, ingests: Ingests
+        self,
+        state: State,
+        images: Images,
+        loader: Loader,
+        layers: Layers,
+        ingests: Ingests,
+        sources: Sources,
     ) -> None:
         self._state = state
         self._images = images
         self._loader = loader
         self._layers = layers
         self._ingests = ingests
+        self._sources = sources
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
@@ -187,7 +195,7 @@ class Fetches:
     ) -> None:
         deadline = time.monotonic() + limits.RESOLVE_SECONDS
         record = self._loader.load(reference, descriptor, diff_id, deadline)
-        self._layers.add_reference(record.slot, reference)
+        self._sources.add(record.slot, reference)
         if not self._state.is_complete(record.slot):
             content = self._layers.open(record.slot).content
             layer.fetched = lambda: content.stored_bytes

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from layerstore import limits
-from layerstore.content import ContentStats, LayerContent, ObjectStore, Priority, Scheduler
+from layerstore.content import (
+    ContentStats,
+    LayerContent,
+    ObjectStore,
+    Outages,
+    Priority,
+    Scheduler,
+    is_passing,
+)
 from layerstore.errors import (
-    ConfigError,
     ContentError,
-    LayerstoreError,
-    NetworkError,
-    NotFound,
-    RegistryError,
     ServiceError,
     StorageError,
     UnsupportedFormat,
@@ -37,9 +40,9 @@ from layerstore.image import Reference
 from layerstore.layertree import LayerIndex
 from layerstore.provider.agreement import check_agreement
 from layerstore.provider.loader import Loader
+from layerstore.provider.sources import Sources
 from layerstore.provider.state import LayerRecord, State
 from layerstore.provider.verifier import Verifier
-from layerstore.registry import BlobReader, RegistryClient
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +54,6 @@ class Layer:
     record: LayerRecord
     index: LayerIndex
     content: LayerContent
-
-
-class _Watched:
-    """A response; ``broken`` is called when it breaks."""
-
-    def __init__(self, reader: BlobReader, broken: Callable[[], None]) -> None:
-        self.start = reader.start
-        self.close = reader.close
-        self._reader = reader
-        self._broken = broken
-
-    def read_some(self, limit: int) -> bytes:
-        """See BlobReader."""
-        try:
-            return self._reader.read_some(limit)
-        except NetworkError:
-            self._broken()
-            raise
 
 
 class _Hashed:
@@ -93,19 +78,20 @@ class _Hashed:
 class Layers:
     """Open layers by slot.  Thread-safe.
 
-    ``rebuild`` makes a damaged index anew, see ``Loader.rebuild``.  ``prefetch`` and ``background`` say whether contents are fetched ahead of need and
-    completed in the background.
+    ``rebuild`` makes a damaged index anew, see ``Loader.rebuild``.  ``prefetch`` and
+    ``background`` say whether contents are fetched ahead of need and completed in the background.
     """
 
     def __init__(
         self,
         state: State,
-        client: RegistryClient,
         objects: ObjectStore,
         scheduler: Scheduler,
         loader: Loader,
         *,
         rebuild: Callable[[LayerRecord, tuple[Reference, ...]], None],
+        outages: Outages,
+        sources: Sources,
         prefetch: bool = True,
         background: bool = True,
     ) -> None:
@@ -113,57 +99,33 @@ class Layers:
         self.quarantined: Callable[[int], None] = lambda _: None
         """Told the slot of a layer that was shown and is not any more."""
         self._state = state
-        self._client = client
         self._objects = objects
         self._scheduler = scheduler
         self._loader = loader
         self._rebuild = rebuild
+        self._outages = outages
+        self._sources = sources
         self._prefetch = prefetch
         self._background = background
         self._lock = threading.Lock()
         self._open: dict[int, Layer] = {}
         self._opening: dict[int, threading.Lock] = {}
-        self._references: dict[int, list[Reference]] = {}
         self._completing: set[int] = set()
         self._verifier = Verifier(self._verify)
         for view in state.views():
             if view.reference:
-                self.add_reference(view.slot, Reference.parse(view.reference))
+                sources.add(view.slot, Reference.parse(view.reference))
 
     def get(self, slot: int) -> Layer | None:
         """The layer if it is open.  Never waits."""
         return self._open.get(slot)
-
-    def add_reference(self, slot: int, reference: Reference) -> None:
-        """The blob of the layer can be fetched from this reference's repository, too."""
-        with self._lock:
-            known = self._references.setdefault(slot, [])
-            repositories = [one.name for one in known]
-            if reference.name in repositories:
-                del known[repositories.index(reference.name)]
-            known.insert(0, reference)
-
-    def has_source(self, slot: int) -> bool:
-        """Whether a reference is known from which the layer can be fetched."""
-        with self._lock:
-            return bool(self._references.get(slot))
-
-    def _ask_last(self, slot: int, reference: Reference | None = None) -> None:
-        """A place (the first one if None) gave no bytes or wrong ones: ask others before it."""
-        with self._lock:
-            known = self._references.get(slot, [])
-            if reference is None and known:
-                reference = known[0]
-            if reference in known:
-                known.remove(reference)
-                known.append(reference)
 
     def _trusts(self, file: Path) -> bool:
         return self._objects.ledger.trusts(str(file))
 
     def _distrust(self, slot: int) -> None:
         """Wrong bytes came out of a layer's blob: it is not complete, whatever it was before."""
-        self._ask_last(slot)
+        self._sources.ask_last(slot)
         if self._state.is_complete(slot):
             self._incomplete(slot)
 
@@ -171,6 +133,10 @@ class Layers:
         """A complete layer must be made complete, or be verified, anew."""
         self._state.set_complete(slot, False)
         self._complete_soon(slot)
+
+    def patience(self, slot: int) -> float:
+        """Seconds that a read of the layer waits for a registry that gives no answer.  No I/O."""
+        return self._sources.patience(slot)
 
     def open(self, slot: int) -> Layer:
         """The layer of a slot, opened now if need be: waits for the disk.
@@ -207,9 +173,7 @@ class Layers:
             return self._opened(record)
         except StorageError as error:
             _log.warning("event=index-damaged layer=%s error=%s", record.blob_digest, error)
-        with self._lock:
-            references = tuple(self._references.get(record.slot, ()))
-        self._rebuild(record, references)
+        self._rebuild(record, self._sources.of(record.slot))
         return self._opened(record)
 
     def _opened(self, record: LayerRecord) -> tuple[LayerIndex, MemberCodec]:
@@ -232,7 +196,10 @@ class Layers:
             objects=self._objects,
             scheduler=self._scheduler,
             codec=take,
-            source=lambda offset, length: self._read_blob(record, offset, length),
+            source=partial(self._sources.open, record),
+            outages=self._outages,
+            places=lambda: self._sources.places(record.slot),
+            patience=lambda: self._sources.patience(record.slot),
             distrust=lambda: self._distrust(record.slot),
             stats=self.stats,
             verified=self._state.is_complete(record.slot) and self._trusts(directory / "blob"),
@@ -253,26 +220,6 @@ class Layers:
                 _log.warning("event=layer-lost-bytes layer=%s", record.blob_digest)
             self._incomplete(record.slot)
         return Layer(record, index, content)
-
-    def _read_blob(self, record: LayerRecord, offset: int, length: int) -> _Watched:
-        """Open a range at the first place that gives it; a network failure is worth another try."""
-        slot = record.slot
-        with self._lock:
-            references = list(self._references.get(slot, ()))
-        failure: LayerstoreError = NotFound(
-            "no reference is known for this layer", subject=record.blob_digest
-        )
-        for reference in references:
-            try:
-                reader = self._client.open_blob(
-                    reference, record.blob_digest, offset=offset, length=length, size=record.size
-                )
-            except (RegistryError, NetworkError, ContentError, ConfigError) as error:
-                failure = failure if isinstance(failure, NetworkError) else error
-                self._ask_last(slot, reference)
-            else:
-                return _Watched(reader, partial(self._ask_last, slot, reference))
-        raise failure
 
     # -- ahead of need -------------------------------------------------------------
 
@@ -324,23 +271,35 @@ class Layers:
 
         content.fetch_blob(arrived)
 
-    def _queue_step(self, slot: int, retry: float) -> None:
-        self._scheduler.submit(Priority.BACKGROUND, lambda: self._step(slot, retry))
+    def _queue_step(self, slot: int, retry: float, probe: bool = False) -> None:
+        self._scheduler.submit(Priority.BACKGROUND, lambda: self._step(slot, retry, probe))
 
-    def _step(self, slot: int, retry: float) -> None:
+    def _wait_for_answers(self, slot: int, retry: float) -> bool:
+        """Go on when the layer's registry answers again; False if no outage is known."""
+        places = self._sources.places(slot)
+        if self._outages.since(places) is None:
+            return False
+        self._outages.wait(
+            places, partial(self._queue_step, slot, retry), lambda _: None, until=None
+        )
+        return True
+
+    def _step(self, slot: int, retry: float, probe: bool) -> None:
+        if not probe and self._wait_for_answers(slot, retry):
+            return
         try:
             more = self.open(slot).content.complete_step()
         except Exception as error:  # whatever it was, the layer is not given up
             if self._doubt(slot):
+                return
+            if is_passing(error) and self._wait_for_answers(slot, retry):
                 return
             _log.warning(
                 "event=background-fetch-failed layer=%s retry_seconds=%.0f error=%s",
                 record.blob_digest if (record := self._state.layer(slot)) else slot, retry, error,
             )  # fmt: skip
             again = min(retry * 2, limits.BACKGROUND_RETRY_MAX_SECONDS)
-            timer = threading.Timer(retry, self._queue_step, (slot, again))
-            timer.daemon = True
-            timer.start()
+            self._outages.later(retry, partial(self._queue_step, slot, again))
             return
         if more:
             self._queue_step(slot, limits.BACKGROUND_RETRY_SECONDS)

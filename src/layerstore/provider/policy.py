@@ -12,6 +12,9 @@ background check finds a lie; ``verified`` waits for that check; ``off`` never s
 * ``auto``: the same, and what is not here yet is fetched in the background, while the
   disk has room, for the next image or graph root;
 * ``eager``: a lookup waits a bounded time for the layer.
+
+*Outages*: where the registry gives no answer, a read on demand either ``wait``s a bounded
+time for it, or is to ``fail`` after a few tries.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from layerstore import limits
 from layerstore.errors import StorageError
 from layerstore.image import Reference
 from layerstore.registry import match_prefix
+
+_T = TypeVar("_T")
 
 
 class DialectL(enum.StrEnum):
@@ -43,6 +49,13 @@ class Ordinary(enum.StrEnum):
     KNOWN = "known"
     AUTO = "auto"
     EAGER = "eager"
+
+
+class Outage(enum.StrEnum):
+    """What a read does whose registry gives no answer."""
+
+    WAIT = "wait"
+    FAIL = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +94,30 @@ def used_bytes(root: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All of it; ``ordinary_by_prefix`` is keyed as ``prefix`` in registries.conf."""
+    """All of it; what is by prefix is keyed as ``prefix`` in registries.conf."""
 
     dialect_l: DialectL = DialectL.LAZY
     ordinary: Ordinary = Ordinary.AUTO
     ordinary_by_prefix: Mapping[str, Ordinary] = field(default_factory=dict)
     eager_seconds: float = limits.EAGER_SECONDS
     disk: DiskRoom = DiskRoom()
+    outage: Outage = Outage.WAIT
+    outage_by_prefix: Mapping[str, Outage] = field(default_factory=dict)
+    wait_seconds: float = limits.OUTAGE_WAIT_SECONDS
 
     def ordinary_for(self, reference: Reference) -> Ordinary:
         """The policy for a reference: that of the longest prefix that matches it."""
-        text = str(reference)
-        matching = [one for one in self.ordinary_by_prefix if match_prefix(one, text) is not None]
-        if not matching:
-            return self.ordinary
-        return self.ordinary_by_prefix[max(matching, key=len)]
+        return _longest(self.ordinary_by_prefix, reference, self.ordinary)
+
+    def patience(self, reference: Reference) -> float:
+        """Seconds that a read waits for the registry of a reference to answer."""
+        if _longest(self.outage_by_prefix, reference, self.outage) is Outage.WAIT:
+            return self.wait_seconds
+        return limits.OUTAGE_FAIL_SECONDS
+
+
+def _longest(by_prefix: Mapping[str, _T], reference: Reference, otherwise: _T) -> _T:
+    """What stands under the longest prefix that matches."""
+    text = str(reference)
+    matching = [one for one in by_prefix if match_prefix(one, text) is not None]
+    return by_prefix[max(matching, key=len)] if matching else otherwise

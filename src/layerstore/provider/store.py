@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from layerstore import limits
-from layerstore.content import ObjectStore, Scheduler
+from layerstore.content import ObjectStore, Outages, Scheduler
 from layerstore.errors import LayerstoreError, NetworkError, StorageError
 from layerstore.formats.announced import announced
 from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
@@ -42,6 +42,7 @@ from layerstore.provider.refusal import (
     REPEATED,
     Refusal,
 )
+from layerstore.provider.sources import Sources
 from layerstore.provider.state import LayerRecord, State, View
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
@@ -79,18 +80,23 @@ class Store:
         self._objects = ObjectStore(root / "content")
         self._loader = Loader(root / "layers", self._state, client, self._objects.ledger)
         self._scheduler = Scheduler()
+        self._outages = Outages()
+        self._sources = Sources(client, self.policy.patience)
         self.ingests = Ingests(self._state, client, self._objects, self._scheduler, self._loader)
         self.layers = Layers(
             self._state,
-            client,
             self._objects,
             self._scheduler,
             self._loader,
             rebuild=self._rebuild,
+            outages=self._outages,
+            sources=self._sources,
             prefetch=prefetch,
             background=background,
         )
-        self.fetches = Fetches(self._state, self._images, self._loader, self.layers, self.ingests)
+        self.fetches = Fetches(
+            self._state, self._images, self._loader, self.layers, self.ingests, self._sources
+        )
         self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
@@ -111,14 +117,14 @@ class Store:
     def _find_sources(self) -> None:
         """Layers that were only ever named without a reference: where they can be fetched."""
         for view in self._state.views():
-            if view.reference or self.layers.has_source(view.slot):
+            if view.reference or self._sources.of(view.slot):
                 continue
             try:
                 match = self._images.find_anywhere(view.name, time.monotonic())
             except LayerstoreError as error:
                 _log.warning("event=layer-without-source layer=%s error=%s", view.name, error)
             else:
-                self.layers.add_reference(view.slot, match.reference)
+                self._sources.add(view.slot, match.reference)
 
     def _rebuild(self, record: LayerRecord, references: tuple[Reference, ...]) -> None:
         how = self._loader if record.form.lazy else self.ingests
@@ -283,7 +289,7 @@ class Store:
         else:
             record = self._find_by_blob(match, diff_id, deadline)
             info = layer_info(record, diff_id, match.descriptor)
-        self.layers.add_reference(record.slot, match.reference)
+        self._sources.add(record.slot, match.reference)
         self.layers.open(record.slot)
         view = self._state.add_view(reference, name, match.dialect, record.slot, info)
         _log.info(
@@ -433,6 +439,7 @@ class Store:
             "layers": self.layers.status(),
             "ingests": self.ingests.status(),
             "content": self.layers.stats.as_dict(),
+            "outages": self._outages.status(),
             "registry": {
                 "requests": self._client.stats.requests,
                 "received_bytes": self._client.stats.bytes,
@@ -446,6 +453,7 @@ class Store:
         self._uses_wanted.set()
         self._resolvers.close()
         self._loaders.close()
+        self._outages.close()
         self._scheduler.close()
         self.fetches.close()
         self.ingests.close()

@@ -71,7 +71,7 @@ class RegistryClient:
         self._tokens = TokenCache(settings.clock)
         self._lock = threading.Lock()
         self._hosts: dict[tuple[str, bool], Host] = {}
-        self._preferred: OrderedDict[str, Endpoint] = OrderedDict()
+        self._preferred: OrderedDict[str, tuple[float, Endpoint]] = OrderedDict()  # until when
         self._resting: dict[str, float] = {}  # host -> until when others are asked first
 
     # -- reading ------------------------------------------------------------------
@@ -128,13 +128,16 @@ class RegistryClient:
         length: int | None = None,
         size: int | None = None,
         deadline: float | None = None,
+        answer_by: float | None = None,
+        attempts: int | None = None,
     ) -> BlobReader:
         """Begin to read a blob, or ``length`` bytes of it from ``offset``.
 
         ``size`` is the blob's size as the manifest states it; an answer that
         disagrees is an error.  A length that reaches past the end is cut.  Only
-        the answer's headers are retried; the bytes are not verified.  A registry
-        that ignores ranges gives a reader with ``partial`` False and ``start`` 0.
+        the answer's headers are retried, ``attempts`` times and until ``answer_by``
+        (the deadline); the bytes are not verified.  A registry that ignores ranges
+        gives a reader with ``partial`` False and ``start`` 0.
         """
         if offset < 0 or (length is not None and length <= 0):
             raise UsageError(f"no byte range: offset {offset}, length {length}")
@@ -147,12 +150,12 @@ class RegistryClient:
         elif offset > 0:
             value = f"bytes={offset}-"
 
-        def ask(place: Endpoint, until: float | None, attempts: int) -> BlobReader:
+        def ask(place: Endpoint, until: float | None, at_most: int) -> BlobReader:
             request = self._blob_request(place, digest, subject)
             if value is not None:
                 request = replace(request, headers=(("Range", value),), expect=(200, 206))
             host = self._host(place)
-            response = host.open(request, until, attempts)
+            response = host.open(request, until, at_most)
             try:
                 start, count, total = _extent(response, offset, length, size, subject)
             except LayerstoreError:
@@ -163,7 +166,14 @@ class RegistryClient:
             partial = response.status == 206
             return BlobReader(body, start=start, length=count, total=total, partial=partial)
 
-        return self._everywhere(ref, ask, deadline, digested=True, preferring=True)
+        return self._everywhere(
+            ref,
+            ask,
+            deadline if answer_by is None else answer_by,
+            digested=True,
+            preferring=True,
+            attempts=attempts,
+        )
 
     # -- writing ------------------------------------------------------------------
 
@@ -195,6 +205,13 @@ class RegistryClient:
         target = ref.digest or ref.tag or ""
         push.put_manifest(host, path, target, raw, media_type, subject=str(ref))
         return Digest.of(raw)
+
+    def hosts(self, ref: Reference) -> tuple[str, ...]:
+        """The hosts that are asked for blobs of ``ref``'s repository, in the order of registries.conf.
+
+        Raises ``ConfigError``.
+        """
+        return tuple(place.host for place in self.settings.registries.endpoints(ref, digested=True))
 
     def served_by(self, ref: Reference) -> Endpoint:
         """The place that served the last manifest of ``ref``'s repository, else the first to ask.
@@ -256,8 +273,8 @@ class RegistryClient:
         places = list(self.settings.registries.endpoints(ref, digested=digested))
         now = self.settings.clock()
         with self._lock:
-            best = self._preferred.get(ref.name) if preferring else None
-            if best is not None:
+            until, best = self._preferred.get(ref.name, (0.0, None))
+            if preferring and best is not None and now < until:
                 places = [best, *(place for place in places if place != best)]
             # A place that did not answer lately is not waited for before the others.
             return sorted(places, key=lambda place: self._resting.get(place.host, 0.0) > now)
@@ -270,7 +287,9 @@ class RegistryClient:
         *,
         digested: bool,
         preferring: bool = False,
+        attempts: int | None = None,
     ) -> _T:
+        most = self.settings.attempts if attempts is None else attempts
         places = self._places(ref, digested=digested, preferring=preferring)
         failures: list[tuple[Endpoint, LayerstoreError]] = []
         for number, place in enumerate(places):
@@ -279,9 +298,8 @@ class RegistryClient:
             if deadline is not None and left > 1:
                 now = self.settings.clock()
                 until = now + (deadline - now) / left
-            attempts = self.settings.attempts if left == 1 else _MIRROR_ATTEMPTS
             try:
-                found = ask(place, until, min(attempts, self.settings.attempts))
+                found = ask(place, until, most if left == 1 else min(_MIRROR_ATTEMPTS, most))
             except (RegistryError, NetworkError, ContentError, ConfigError) as error:
                 failures.append((place, error))
                 if isinstance(error, NetworkError) and len(places) > 1:
@@ -300,7 +318,7 @@ class RegistryClient:
 
     def _prefer(self, name: str, place: Endpoint) -> None:
         with self._lock:
-            self._preferred[name] = place
+            self._preferred[name] = self.settings.clock() + limits.PREFERRED_SECONDS, place
             self._preferred.move_to_end(name)
             while len(self._preferred) > limits.TOKENS:
                 self._preferred.popitem(last=False)

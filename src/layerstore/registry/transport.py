@@ -209,8 +209,9 @@ class Host:
         raise error
 
     def _passing(self, error: RegistryError, response: BaseHTTPResponse) -> _PassingError:
-        wish = response.headers.get("Retry-After")
-        return _PassingError(error, answers.retry_after(wish, self._settings.wall()))
+        wish = answers.retry_after(response.headers.get("Retry-After"), self._settings.wall())
+        error.pause = wish or 0.0
+        return _PassingError(error, wish)
 
     def _error(
         self, response: BaseHTTPResponse, subject: str, deadline: float | None

@@ -15,7 +15,7 @@ import msgspec
 
 from layerstore import limits
 from layerstore.errors import ConfigError
-from layerstore.provider import DialectL, DiskRoom, Ordinary, Policy
+from layerstore.provider import DialectL, DiskRoom, Ordinary, Outage, Policy
 from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
 
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -52,6 +52,19 @@ class OrdinaryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
+class OutageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What reads do whose registry gives no answer, see ``provider.policy``.
+
+    ``prefixes`` are those of registries.conf.
+    """
+
+    policy: Outage = Outage.WAIT
+    prefixes: dict[str, Outage] = {}
+    wait_seconds: Annotated[float, msgspec.Meta(ge=0, le=limits.OUTAGE_WAIT_MAX_SECONDS)] = (
+        limits.OUTAGE_WAIT_SECONDS
+    )
+
+
 class DiskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much of the disk layers that are fetched ahead may take.
 
@@ -70,6 +83,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     background_fetch: bool = True
     dialect_l: DialectL = DialectL.LAZY
     ordinary: OrdinaryConfig = OrdinaryConfig()
+    outage: OutageConfig = OutageConfig()
     disk: DiskConfig = DiskConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     registry: RegistryConfig = RegistryConfig()
@@ -83,6 +97,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ordinary=self.ordinary.policy,
             ordinary_by_prefix=self.ordinary.prefixes,
             eager_seconds=self.ordinary.eager_seconds,
+            outage=self.outage.policy,
+            outage_by_prefix=self.outage.prefixes,
+            wait_seconds=self.outage.wait_seconds,
             disk=DiskRoom(_size(self.disk.limit), self.disk.keep_free_percent / 100),
         )
 

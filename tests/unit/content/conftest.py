@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from layerstore.content import ContentStats, LayerContent, ObjectStore, Scheduler
+from layerstore.content import ContentStats, LayerContent, ObjectStore, Outages, Scheduler
 from layerstore.errors import ContentError, NetworkError
 from layerstore.formats.members import Packing, codec
 
@@ -146,15 +146,18 @@ class Source:
         self.gate.set()
         self.ignore_ranges = False
         self.broken = False
+        self.error: Exception | None = None
         self.break_after: int | None = None
         self.pause = 0.0
         self.sent = 0
         self.closed = 0
 
-    def __call__(self, offset: int, length: int) -> Response:
+    def __call__(self, offset: int, length: int, seconds: float) -> Response:
         self.requests.append((offset, length))
         if self.broken:
             raise NetworkError("no route to host")
+        if self.error is not None:
+            raise self.error
         if self.ignore_ranges:
             return Response(self, 0, self.blob)
         return Response(self, offset, self.blob[offset : offset + length])
@@ -203,8 +206,9 @@ class Lab:
 @pytest.fixture
 def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
     schedulers: list[Scheduler] = []
+    outages = Outages()
 
-    def make(files: Sequence[bytes], chunk_size: int = 1000, **options: object) -> Lab:
+    def make(files: Sequence[bytes], chunk_size: int = 1000, patience: float = 1.0) -> Lab:
         layer = FakeLayer(files, chunk_size)
         source = Source(layer.blob)
         scheduler = Scheduler(quiet_seconds=0.05)
@@ -226,6 +230,8 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
                 scheduler=scheduler,
                 source=source,
                 stats=stats,
+                outages=outages,
+                patience=lambda: patience,
             )
 
         return Lab(
@@ -240,3 +246,4 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
     yield make
     for scheduler in schedulers:
         scheduler.close()
+    outages.close()

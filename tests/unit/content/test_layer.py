@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from layerstore import limits
-from layerstore.errors import LayerstoreError, NetworkError, VerificationError
+from layerstore.errors import LayerstoreError, VerificationError
 
 
 def some_files(count: int, size: int = 700, seed: int = 1) -> list[bytes]:
@@ -135,16 +135,6 @@ def test_a_broken_connection_is_resumed_where_it_broke(make_lab):
     for number in range(4):
         assert lab.read(number) == lab.layer.files[number]
     assert lab.content.stats.fetched_bytes < len(lab.layer.blob) + 40_000
-
-
-def test_a_dead_registry_is_an_error_within_bounds(make_lab, monkeypatch):
-    monkeypatch.setattr(limits, "BACKOFF_FIRST_SECONDS", 0.001)
-    lab = make_lab([b"abc" * 100, b"def" * 100])
-    lab.source.broken = True
-    assert isinstance(lab.fetch(0), NetworkError)
-    assert len(lab.source.requests) == limits.FETCH_ATTEMPTS
-    lab.source.broken = False
-    assert lab.read(0) == b"abc" * 100
 
 
 def test_a_registry_without_ranges_sends_the_blob_once(make_lab):

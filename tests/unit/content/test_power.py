@@ -229,7 +229,8 @@ def test_a_failed_sync_makes_suspect_what_was_not_synced(tmp_path: Path, boot: P
 
 
 def test_many_power_failures_are_not_forgotten(tmp_path: Path, boot: Path):
-    lost, kept = [], []
+    lost: list[Path] = []
+    kept: list[Path] = []
     for number in range(12):
         boot.write_text(f"boot {number}")
         book = Ledger(tmp_path)

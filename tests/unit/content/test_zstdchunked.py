@@ -14,7 +14,7 @@ import pytest
 
 from lab import tars
 from layerstore import limits
-from layerstore.content import ContentStats, LayerContent, ObjectStore, Scheduler
+from layerstore.content import ContentStats, LayerContent, ObjectStore, Outages, Scheduler
 from layerstore.errors import NetworkError
 from layerstore.formats import TocEntry, iter_toc
 from layerstore.formats.announced import Form, announced
@@ -101,9 +101,11 @@ class Layer:
             scheduler=scheduler,
             source=self.source,
             stats=ContentStats(),
+            outages=Outages(),
+            patience=lambda: 1.0,
         )
 
-    def source(self, offset: int, length: int) -> Response:
+    def source(self, offset: int, length: int, seconds: float) -> Response:
         if self.offline:
             raise NetworkError("no route to host")
         self.requests.append((offset, length))

@@ -14,7 +14,7 @@ import pytest
 
 from lab import tars
 from layerstore import limits
-from layerstore.content import ContentStats, LayerContent, ObjectStore, Scheduler
+from layerstore.content import ContentStats, LayerContent, ObjectStore, Outages, Scheduler
 from layerstore.errors import (
     InvalidLayer,
     NetworkError,
@@ -151,10 +151,10 @@ class Reader:
             "test", self.index, ingest.directory / "blob",
             digest=hashlib.sha256(blob).hexdigest(), size=len(blob), toc_offset=len(blob),
             codec=take, objects=ingest.objects, scheduler=scheduler, source=self._source,
-            stats=ContentStats(), verified=True,
+            stats=ContentStats(), outages=Outages(), verified=True,
         )  # fmt: skip
 
-    def _source(self, offset: int, length: int) -> Range:
+    def _source(self, offset: int, length: int, seconds: float) -> Range:
         self.ranges.append((offset, length))
         return Range(offset, self.blob[offset : offset + length])
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerstore import limits
 from layerstore.image import Reference
-from layerstore.provider.policy import DiskRoom, Ordinary, Policy, used_bytes
+from layerstore.provider.policy import DiskRoom, Ordinary, Outage, Policy, used_bytes
 
 
 def test_the_longest_prefix_decides():
@@ -28,6 +29,17 @@ def test_the_longest_prefix_decides():
     }
     for text, wanted in expected.items():
         assert policy.ordinary_for(Reference.parse(text)) is wanted, text
+
+
+def test_how_long_a_read_waits_is_decided_by_prefix():
+    policy = Policy(
+        wait_seconds=40.0, outage_by_prefix={"a.example": Outage.FAIL, "a.example/ai": Outage.WAIT}
+    )
+    patience = {
+        text: policy.patience(Reference.parse(text))
+        for text in ("a.example/x:1", "a.example/ai/x:1", "b.example/x:1")
+    }
+    assert list(patience.values()) == [limits.OUTAGE_FAIL_SECONDS, 40.0, 40.0]
 
 
 def test_room_is_bounded_by_limit_and_by_what_stays_free(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from layerstore.errors import ConfigError
-from layerstore.provider import DialectL, DiskRoom, Ordinary, Policy
+from layerstore.provider import DialectL, DiskRoom, Ordinary, Outage, Policy
 from layerstore.service import Config, load
 
 
@@ -29,6 +29,8 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         '[repair]\nenabled = false\ngraph_roots = ["/srv/root"]\n'
         '[ordinary]\npolicy = "known"\neager_seconds = 3.5\n'
         '[ordinary.prefixes]\n"host.example/ai" = "eager"\n'
+        '[outage]\npolicy = "fail"\nwait_seconds = 20\n'
+        '[outage.prefixes]\n"host.example" = "wait"\n'
         '[disk]\nlimit = "1.5 GiB"\nkeep_free_percent = 20\n'
     )
     config = load(path)
@@ -41,6 +43,9 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ordinary=Ordinary.KNOWN,
         ordinary_by_prefix={"host.example/ai": Ordinary.EAGER},
         eager_seconds=3.5,
+        outage=Outage.FAIL,
+        outage_by_prefix={"host.example": Outage.WAIT},
+        wait_seconds=20,
         disk=DiskRoom(3 << 29, 0.2),
     )
 
@@ -54,6 +59,8 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ('[ordinary]\npolicy = "always"', "policy"),
         ("[ordinary]\neager_seconds = 25", "eager_seconds"),
         ('[ordinary.prefixes]\nx = "never"', "prefixes"),
+        ('[outage]\npolicy = "panic"', "policy"),
+        ("[outage]\nwait_seconds = 1e9", "wait_seconds"),
         ('[disk]\nlimit = "much"', "disk.limit"),
         ("[disk]\nlimit = -1", "disk.limit"),
         ("[disk]\nkeep_free_percent = 101", "keep_free_percent"),
