@@ -3,13 +3,20 @@
 Podman >= 5.5 and CRI-O >= 1.33 never write the records of layers from additional layer
 stores (``graphroot.repair`` has the story).  A client lets go of its lookup handles at the
 end of a pull; a moment later the graph roots of the configuration are looked through, in a
-thread of its own, and what is missing is made again.  Where nothing is missing, that is a
-reading of two small files; where nothing was written since, not even that.
+thread of its own.  Where nothing is missing, that is a reading of two small files; where nothing was
+written since, not even that.
+
+What is missing is made again by a process of its own (this module, as a program), because that reads
+from the store's mount.  A server must never do so: killed in the middle, it could not end before
+somebody had answered it, and nobody may before it has ended.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +25,8 @@ from typing import TYPE_CHECKING, Final
 
 from layerstore import limits
 from layerstore.errors import LayerstoreError
+from layerstore.service.child import interpreter
+from layerstore.service.options import LOG_FORMAT
 
 if TYPE_CHECKING:
     from layerstore.graphroot.store import Store
@@ -47,11 +56,9 @@ class RecordRepair:
         self._wanted.set()
 
     def close(self) -> None:
-        """End the thread; what it is in the middle of is finished within a short time."""
+        """Begin nothing more.  A process that is at work goes on by itself."""
         self._closed.set()
         self._wanted.set()
-        if self._thread.is_alive():
-            self._thread.join(limits.REPAIR_END_SECONDS)
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -68,8 +75,8 @@ class RecordRepair:
     def _look_through(self, root: Path) -> None:
         try:
             self.rebuilt += self._repair(root)
-        except (LayerstoreError, OSError) as error:
-            self._complain(str(root), error)
+        except (LayerstoreError, OSError, subprocess.SubprocessError) as error:
+            self._complain(str(root), str(error))
         except Exception:
             _log.exception("event=record-repair-failed subject=%s", root)
 
@@ -78,30 +85,34 @@ class RecordRepair:
         from layerstore.graphroot import repair  # noqa: PLC0415
 
         store = _store(root)
-        if store is None:
+        if store is None or not repair.needs_rebuilding(store.images(), store.layer_areas):
             return 0
+        done = subprocess.run(
+            interpreter(__name__, [str(root)]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            timeout=limits.REPAIR_RUN_SECONDS,
+            check=True,
+        )
         count = 0
-        for image in repair.needs_rebuilding(store.images(), store.layer_areas):
-            try:
-                made = repair.rebuild_image(store.layer_areas, image)
-            except LayerstoreError as error:
-                self._complain(image.id, error)
-                continue
-            count += len(made)
-            if made:
+        for line in done.stdout.splitlines():
+            image, made, error = json.loads(line)
+            count += made
+            if error:
+                self._complain(image, error)
+            elif made:
                 _log.info(
-                    "event=records-rebuilt graph_root=%s image=%s layers=%d",
-                    root, image.id, len(made),
-                )  # fmt: skip
+                    "event=records-rebuilt graph_root=%s image=%s layers=%d", root, image, made
+                )
         return count
 
-    def _complain(self, subject: str, error: Exception) -> None:
+    def _complain(self, subject: str, error: str) -> None:
         """Once for each thing that is said."""
-        if self._failed.get(subject) == str(error):
+        if self._failed.get(subject) == error:
             return
         if len(self._failed) >= limits.REPAIR_COMPLAINTS:
             self._failed.clear()
-        self._failed[subject] = str(error)
+        self._failed[subject] = error
         _log.warning("event=record-repair-failed subject=%s error=%s", subject, error)
 
 
@@ -117,3 +128,26 @@ def _store(root: Path) -> Store | None:
         return Store(configured)
     # Only the run root's mount counts are missing, and records need none.
     return Store(StorageConfig(graph_root=root, run_root=root / "layerstore" / "no-run-root"))
+
+
+def main() -> None:
+    """``python -m layerstore.service.recordrepair GRAPHROOT``: one line of JSON for each image.
+
+    A line is a list: image, how many records were made again, why it failed or nothing.
+    """
+    from layerstore.graphroot import repair  # noqa: PLC0415
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    store = _store(Path(sys.argv[1]))
+    if store is None:
+        return
+    for image in repair.needs_rebuilding(store.images(), store.layer_areas):
+        try:
+            made, error = len(repair.rebuild_image(store.layer_areas, image)), ""
+        except LayerstoreError as failed:
+            made, error = 0, str(failed)
+        print(json.dumps([image.id, made, error]))
+
+
+if __name__ == "__main__":
+    main()
