@@ -1,0 +1,212 @@
+"""The server dies, is replaced, stops: whoever reads goes on reading.  Real processes, one by one.
+
+The keeper's loop in all its states; `test_server_kills` does the same at random, under load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.fdstore import FdStore
+from lab.sleepy import SleepyStore
+from layerstore.fuse import find_mount
+
+MakeStore = Callable[..., SleepyStore]
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Iterator[MakeStore]:
+    if not Path("/dev/fuse").exists() or os.geteuid() != 0:
+        pytest.skip("needs root and /dev/fuse")
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: object) -> SleepyStore:
+            return stack.enter_context(SleepyStore(tmp_path / "sleepy", **options))  # type: ignore[arg-type]
+
+        yield make
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    except FileNotFoundError:
+        return []
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+def reload(store: SleepyStore) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "layerstore.cli", "reload", "--root", str(store.service.root)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_read_outlives_its_server(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    keeper = store.service.keeper_pid
+    for round_, name in enumerate(store.names[:3], 1):
+        reader = store.reader(name)
+        killed = store.service.pid
+        assert reader.poll() is None
+        os.kill(killed, signal.SIGKILL)
+        # a verb that comes in the middle waits for the next server
+        status = store.status()
+        assert status["pid"] != killed
+        assert (status["keeper_pid"], status["keeper"]["restarts"]) == (keeper, round_)
+        assert status["keeper"]["last_cause"] == "SIGKILL"
+        assert store.is_right(name, reader)
+    assert store.slowness.hits >= 6  # the bytes were asked for anew each time
+    assert store.service.log().count("event=server-died") == 3
+    assert store.status()["read_errors"] == 0
+
+
+def test_servers_that_die_at_once_are_started_ever_more_slowly(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    keeper = store.service.keeper_pid
+    killed: set[int] = set()
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        for pid in children(keeper):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        time.sleep(0.01)
+    assert 3 <= len(killed) <= 9  # 0, 0.1, 0.2, 0.4, 0.8, 1.6 s
+    assert "event=restart-delayed seconds=0.4" in store.service.log()
+    # it has not given up
+    assert store.reads(store.names[0])
+    assert store.service.keeper_pid == keeper
+
+
+def test_new_code_and_configuration_under_a_reader(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    old, keeper = store.service.pid, store.service.keeper_pid
+    first = store.reader(store.names[0])
+    store.configure('log_level = "debug"\nnonsense = 1\n')
+    refused = reload(store)
+    assert refused.returncode == 1
+    assert "nonsense" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert store.service.pid == old
+    store.configure('log_level = "debug"\n')
+    done = reload(store)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"a new server serves, pid {store.service.pid}\n"
+    assert store.is_right(store.names[0], first)
+    assert not Path(f"/proc/{old}").exists()
+    # the keeper is new, too, in the same process, and goes on to hold the mount
+    until(lambda: "event=keeper-renewed" in store.service.log())
+    second = store.reader(store.names[1])
+    before = store.service.pid
+    os.kill(keeper, signal.SIGHUP)
+    until(lambda: store.service.pid != before)
+    assert store.is_right(store.names[1], second)
+    assert store.service.keeper_pid == keeper
+    assert store.status()["keeper"]["restarts"] == 0
+    until(lambda: store.service.log().count("event=keeper-renewed") == 2)
+    assert store.service.stop() == 0
+    assert find_mount(store.service.mountpoint) is None
+
+
+def test_a_stop_leaves_a_plain_directory_and_serves_who_reads(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    inside = os.open(store.layer, os.O_PATH)
+    there = f"/proc/{os.getpid()}/fd/{inside}"
+    reader = store.reader(store.names[0])
+    keeper = store.service.leave()
+    keeper.send_signal(signal.SIGTERM)
+    until(lambda: find_mount(store.service.mountpoint) is None)
+    assert list(store.service.mountpoint.iterdir()) == []
+    # its server may even die
+    os.kill(store.service.pid, signal.SIGKILL)
+    assert store.is_right(store.names[0], reader)
+    assert store.status()["keeper"]["draining"] is True
+    # the next service on the root directory serves both, from one server
+    reader = store.reader(store.names[2], there)
+    store.service.start()
+    assert keeper.wait(10) == 0
+    assert store.is_right(store.names[2], reader)
+    assert store.reads(store.names[3])
+    assert "event=handed-over" in store.service.log()
+    # the old mount ends with its last user, the new one stays
+    os.close(inside)
+    os.kill(store.service.pid, signal.SIGKILL)
+    until(lambda: "mounts=1" in store.service.log().splitlines()[-1])
+    assert store.reads(store.names[4])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_systemd_keeps_the_mount_while_no_process_of_ours_lives(
+    make_store: MakeStore, tmp_path: Path, number: signal.Signals
+) -> None:
+    with FdStore(tmp_path) as systemd:
+        store = make_store(fd_store=systemd)
+        assert systemd.wait_for("READY")["MAINPID"] == str(store.service.keeper_pid)
+        store.look_up()
+        servers = children(store.service.keeper_pid)
+        reader = store.reader(store.names[0])
+        assert store.service.stop(number) == (0 if number == signal.SIGTERM else -number)
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers))
+        assert find_mount(store.service.mountpoint) is not None
+        assert reader.poll() is None
+        store.service.start()
+        assert store.is_right(store.names[0], reader)
+        assert "event=mount-kept" in store.service.log()
+        assert store.reads(store.names[1])
+        # an unmount ends it, and systemd need not keep anything then
+        subprocess.run(["umount", store.service.mountpoint], check=True)
+        until(lambda: systemd.names() == [])
+
+
+def test_without_resend_open_requests_fail_and_later_ones_work(make_store: MakeStore) -> None:
+    store = make_store(variables={"LAYERSTORE_NO_RESEND": "1"})
+    store.look_up()
+    cached = store.reader(store.names[0])
+    os.kill(store.service.pid, signal.SIGKILL)
+    # reading ahead may fail: the kernel asks once more for what is needed
+    assert store.is_right(store.names[0], cached)
+    direct = store.reader(store.names[1], direct=True)
+    os.kill(store.service.pid, signal.SIGKILL)
+    assert "Input/output error" in store.error_of(direct)
+    assert store.reads(store.names[1])
+    assert "event=no-resend" in store.service.log()
+    assert "event=requests-failed count=1 " in store.service.log()
+    # a planned change of servers is the same to such a kernel
+    direct = store.reader(store.names[2], direct=True)
+    assert reload(store).returncode == 0
+    assert "Input/output error" in store.error_of(direct)
+    assert store.reads(store.names[2])
+
+
+def test_a_dead_keeper_takes_its_server_along(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    servers = children(store.service.keeper_pid)
+    reader = store.reader(store.names[0])
+    assert store.service.stop(signal.SIGKILL) == -signal.SIGKILL
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in servers))
+    assert store.error_of(reader) != ""
+    store.service.start()
+    assert store.reads(store.names[0])
