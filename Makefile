@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 PYTHON := .venv/bin/python
 
-.PHONY: help bootstrap trixie demo test lint bench clean
+.PHONY: help bootstrap trixie demo test lint bench soak clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ bench: bootstrap trixie ## measure starts, pulls and conversions beside a plain 
 	@$(PYTHON) -m benchmarks
 	@$(PYTHON) -m benchmarks.consumer
 	@$(PYTHON) -m benchmarks.conversion
+
+soak: bootstrap trixie ## half an hour of load with kills, upgrades and pulls: memory, descriptors, threads
+	@$(PYTHON) -m benchmarks.soak
 
 clean: ## remove caches and build products (.venv and .cache included)
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

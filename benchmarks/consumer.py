@@ -36,13 +36,10 @@ from rich.table import Table
 from benchmarks import consumer_images
 from benchmarks.measured import Use, measured
 from benchmarks.startup import shaped
-from lab import oci
+from lab import images
 from lab.podman import FLAVOURS, PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 from lab.rig import Rig
-from layerstore.copy.convert import ConvertOptions, convert
-from layerstore.copy.layerform import Estargz
-from layerstore.formats import EstargzOptions
 
 Program = Literal["podman", "layerstore"]
 _MIB: Final = 1 << 20
@@ -134,11 +131,8 @@ def _disk() -> Iterator[Path]:
 
 
 def _push(registry: DebianRegistry, work: Path) -> None:
-    layout = work / "tall"
-    source = f"oci:{consumer_images.tall().layout}:latest"
-    convert(source, f"oci:{layout}:latest", ConvertOptions(form=Estargz(EstargzOptions(level=1))))
     pushed = {f"bench/{name}:1": make() for name, make in consumer_images.PLAIN.items()}
-    pushed[f"bench/{_LAZY}:1"] = oci.read_image(layout, "latest")
+    pushed[f"bench/{_LAZY}:1"] = images.lazy(consumer_images.tall(), work / "tall")
     with PodmanEnv(work / "push", registries=[registry.host]) as env:
         for name, image in pushed.items():
             target = f"docker://{registry.host}/{name}"

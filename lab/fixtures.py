@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lab import images, oci
+from lab import images
 from lab import trixie as lab_trixie
 from lab.debian import DebianError
 from lab.oci import StoredImage
@@ -22,9 +22,6 @@ from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
 from lab.rig import MakeRig, Push, Pushed, Rig, image_tree
 from lab.trees import Tree
-from layerstore.copy.convert import ConvertOptions, convert
-from layerstore.copy.layerform import Estargz
-from layerstore.formats import EstargzOptions
 
 MakePodmanEnv = Callable[..., PodmanEnv]
 
@@ -130,10 +127,7 @@ def push_lazy(workspace: Path, push: Push) -> Push:
 
     def convert_and_push(image: StoredImage, name: str) -> Pushed:
         layout = Path(tempfile.mkdtemp(prefix="converted-", dir=workspace))
-        # the lowest level: these images are looked at, not kept
-        options = ConvertOptions(form=Estargz(EstargzOptions(level=1)))
-        convert(f"oci:{image.layout}:{image.tag}", f"oci:{layout}:latest", options)
-        return push(oci.read_image(layout, "latest"), name)
+        return push(images.lazy(image, layout / "lazy"), name)
 
     return convert_and_push
 

@@ -18,6 +18,9 @@ from lab import debian, oci, tars, xattrs
 from lab.debroot import python_layers
 from lab.oci import LayerSource, RunConfig, StoredImage
 from lab.tars import Member
+from layerstore.copy.convert import ConvertOptions, convert
+from layerstore.copy.layerform import Estargz
+from layerstore.formats import EstargzOptions
 
 CACHE: Final = debian.CACHE / "images"
 
@@ -98,6 +101,13 @@ def python_image(directory: Path | None = None) -> StoredImage:
         return [LayerSource(tar) for tar in python_layers(scratch)], config
 
     return cached(directory, "python", {"python": _PYTHON_RECIPE}, build)
+
+
+def lazy(image: StoredImage, layout: Path) -> StoredImage:
+    """The image as eStargz, in a new layout; packed little, because these are looked at, not kept."""
+    options = ConvertOptions(form=Estargz(EstargzOptions(level=1)))
+    convert(f"oci:{image.layout}:{image.tag}", f"oci:{layout}:latest", options)
+    return oci.read_image(layout, "latest")
 
 
 def busybox() -> bytes:
