@@ -32,6 +32,10 @@ which adds to the others.  Kinds and their parameters:
 ``chunked``     send the body without a Content-Length
 ``redirect``    answer 307 to ``value``
 =============== ==========================================================================
+
+A fault with a ``chance`` below 1 hits that part of the requests it matches, drawn from a
+generator that ``seed`` begins: several together make a registry that is bad in every way.
+``happened`` counts what went wrong, by kind, tokens and addresses that had expired included.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
 import re
 import secrets
 import socket
@@ -46,6 +51,7 @@ import ssl
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -93,6 +99,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     data: bytes | None = None
     value: str = ""
+    chance: float = 1.0
     hits: int = 0
 
 
@@ -130,7 +137,9 @@ class SimRegistry:
     ``users`` maps names to passwords; with authentication on and ``anonymous``
     set, tokens for reading are given to everybody.  ``identity_tokens`` are
     OAuth2 refresh tokens that are taken.  Tokens live ``token_seconds`` of
-    ``clock`` and announce ``announced_seconds`` (the same by default).
+    ``clock`` and announce ``announced_seconds`` (the same by default).  With ``redirect``
+    blobs come from the storage, whose addresses are good for ``redirect_seconds`` (None: for
+    ever), then answered 403.
     """
 
     def __init__(
@@ -143,6 +152,8 @@ class SimRegistry:
         token_seconds: float = 300.0,
         announced_seconds: float | None = None,
         redirect: bool = False,
+        redirect_seconds: float | None = None,
+        seed: int = 0,
         tls: tuple[Path, Path] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -153,6 +164,10 @@ class SimRegistry:
         self.token_seconds = token_seconds
         self.announced_seconds = announced_seconds
         self.redirect = redirect
+        self.redirect_seconds = redirect_seconds
+        self._random = random.Random(seed)
+        self._expired: Counter[str] = Counter()
+        self._signatures: dict[str, float] = {}
         self.clock = clock
         self._lies: dict[tuple[str, str], bytes] = {}
         self.blobs: dict[str, bytes] = {}
@@ -229,6 +244,7 @@ class SimRegistry:
         headers: Mapping[str, str] | None = None,
         data: bytes | None = None,
         value: str = "",
+        chance: float = 1.0,
     ) -> Fault:
         """Let something go wrong ``times`` times (None: always) after ``skip`` right answers."""
         fault = Fault(
@@ -242,6 +258,7 @@ class SimRegistry:
             headers=headers or {},
             data=data,
             value=value,
+            chance=chance,
         )
         with self._lock:
             self.faults.append(fault)
@@ -251,6 +268,15 @@ class SimRegistry:
         """Make all tokens given so far worthless."""
         with self._lock:
             self._tokens.clear()
+
+    @property
+    def happened(self) -> Counter[str]:
+        """How often what went wrong: by kind of fault, ``expired-token`` and ``expired-address``."""
+        with self._lock:
+            found = self._expired.copy()
+            for fault in self.faults:
+                found[fault.kind] += fault.hits
+            return found
 
     def count(self, method: str = "", path: str = "") -> int:
         """Logged requests of a method whose path holds a text."""
@@ -316,6 +342,8 @@ class SimRegistry:
                     continue
                 if fault.kind != "latency" and chosen is not None:
                     continue
+                if fault.chance < 1.0 and self._random.random() >= fault.chance:
+                    continue
                 if fault.skip > 0:
                     fault.skip -= 1
                     continue
@@ -336,6 +364,9 @@ class SimRegistry:
             match = _STORAGE.fullmatch(parts.path)
             with self._lock:
                 data = self.blobs.get(match[1]) if match else None
+                if not self._is_signed(query.get("signature", "")):
+                    self._expired["expired-address"] += 1
+                    return _problem(403)
             return _problem(404) if data is None else _ranged(data, headers.get("range"))
         if parts.path == "/token":
             return self._token(method, parts.query, headers, body)
@@ -352,6 +383,9 @@ class SimRegistry:
             return self._manifest(method, match[1], match[2], headers, body)
         return _problem(404)
 
+    def _is_signed(self, signature: str) -> bool:
+        return self.redirect_seconds is None or self.clock() < self._signatures.get(signature, 0.0)
+
     def _blob(self, repository: str, digest: str, wanted: str | None) -> _Reply:
         with self._lock:
             known = digest in self.repositories.get(repository, ())
@@ -359,7 +393,11 @@ class SimRegistry:
         if not known or data is None:
             return _problem(404, "BLOB_UNKNOWN")
         if self.redirect:
-            place = f"{self.storage_url}/storage/{digest}?signature={secrets.token_hex(4)}"
+            signature = secrets.token_hex(8)
+            if self.redirect_seconds is not None:
+                with self._lock:
+                    self._signatures[signature] = self.clock() + self.redirect_seconds
+            place = f"{self.storage_url}/storage/{digest}?signature={signature}"
             return _Reply(307, b"", {"Location": place})
         reply = _ranged(data, wanted)
         reply.headers["Docker-Content-Digest"] = digest
@@ -436,6 +474,9 @@ class SimRegistry:
             scopes, expires = self._tokens.get(token, (frozenset[str](), 0.0))
         if self.clock() < expires and scopes.issuperset(wanted):
             return None
+        if expires:
+            with self._lock:
+                self._expired["expired-token"] += self.clock() >= expires
         scope = f',scope="{" ".join(wanted)}"' if wanted else ""
         challenge = f'Bearer realm="{self.url}/token",service="sim"{scope}'
         return _problem(401, headers={"WWW-Authenticate": challenge})
