@@ -118,6 +118,7 @@ EAGER_SECONDS_MAX: Final = RESOLVE_SECONDS - 1.0
 INGEST_WORKERS: Final = 2  # ordinary layers that somebody waits for, at once
 INGEST_QUEUE: Final = 1024  # ordinary layers to be fetched in the background
 INGEST_FAILED_SECONDS: Final = 60.0  # a layer whose fetch failed is not tried again sooner
+INDEX_FILE_BYTES: Final = 1024 * MIB  # an index, or checkpoints, out of a file of indexes
 DISK_KEEP_FREE: Final = 0.1  # of the file system, before ordinary layers are fetched ahead
 FETCH_JOBS: Final = 64  # of `layerstore fetch` that are remembered
 

@@ -204,3 +204,28 @@ def test_a_second_image_that_shares_files_costs_nothing(
     before = {path: path.stat().st_ino for path in objects.glob("*/*")}
     _pull(rig, "podman 4", forms("tar.zst").name)
     assert {path: path.stat().st_ino for path in objects.glob("*/*")} == before
+
+
+def test_a_node_that_was_given_the_index_serves_ordinary_layers_lazily(
+    forms: Callable[[Form], Pushed],
+    make_rig: MakeRig,
+    plain_tree: PlainTree,
+    workspace: Path,
+) -> None:
+    pushed = forms("tar.gz")
+    having = make_rig("debian12")
+    file = workspace / "given-index"
+    for verb in (("fetch", "--quiet"), ("save-index", "-o", file)):
+        having.env.layerstore(*verb, "--root", having.service.root, having.image(pushed.name))
+    assert file.stat().st_size < sum(lab.sizes(pushed.image).values()) // 20
+
+    rig = make_rig("debian12", config='background_fetch = false\n[ordinary]\npolicy = "known"\n')
+    rig.env.layerstore("load-index", "--root", rig.service.root, file)
+    image = _pull(rig, "podman 4", pushed.name)
+    assert lab.extracted_layers(rig.env) == []
+    assert lab.blob_requests(rig.client, pushed.image) == []
+    assert rig.env.podman("run", "--rm", image).stdout == HELLO
+    ranges = lab.blob_requests(rig.provider, pushed.image)
+    assert {request.status for request in ranges} == {206}
+    assert sum(one.bytes for one in ranges) < sum(lab.sizes(pushed.image).values())
+    assert lab.differing(plain_tree(pushed), lab.image_tree(rig.env, image)) == []

@@ -35,6 +35,8 @@ VERBS: Final = {
         "reload": "reload:reload",
         "status": "status:status",
         "fetch": "fetch:fetch",
+        "save-index": "indexes:save_index",
+        "load-index": "indexes:load_index",
         "explain": "explain:explain",
         "inspect-layer": "inspectlayer:inspect_layer",
     },

@@ -66,8 +66,8 @@ def fetch(
             msgspec.json.format(msgspec.json.encode(status, enc_hook=str)) + b"\n"
         )
     refused = [layer for layer in status.layers if layer.state == "refused"]
-    if status.error is not None:
-        raise ServiceError(status.error)
+    if status.failure is not None:
+        raise ServiceError(status.failure)
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         first = refused[0]

@@ -3,6 +3,7 @@
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.explain import ExplainedImage, ExplainedLayer, Verdict, explain
 from layerstore.provider.fetch import Fetches
+from layerstore.provider.indexes import GivenLayer
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.memory import limit_arenas
 from layerstore.provider.policy import DialectL, DiskRoom, Ordinary, Outage, Policy
@@ -18,6 +19,7 @@ __all__ = [
     "ExplainedImage",
     "ExplainedLayer",
     "Fetches",
+    "GivenLayer",
     "Layer",
     "Layers",
     "Ordinary",

@@ -20,12 +20,13 @@ from layerstore.errors import LayerstoreError, ServiceError, UnknownObject
 from layerstore.formats.announced import announced
 from layerstore.image import Descriptor, Digest, Platform, Reference
 from layerstore.provider.images import Images
+from layerstore.provider.indexes import Indexes
 from layerstore.provider.ingests import Ingests
 from layerstore.provider.layers import Layers
 from layerstore.provider.loader import Loader
 from layerstore.provider.refusal import QUARANTINED, Refusal
 from layerstore.provider.sources import Sources
-from layerstore.provider.state import State
+from layerstore.provider.state import LayerRecord, State
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Fetches:
         layers: Layers,
         ingests: Ingests,
         sources: Sources,
+        indexes: Indexes,
     ) -> None:
         self._state = state
         self._images = images
@@ -77,6 +79,7 @@ class Fetches:
         self._layers = layers
         self._ingests = ingests
         self._sources = sources
+        self._indexes = indexes
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
@@ -115,7 +118,7 @@ class Fetches:
         return {
             "done": job.finished.is_set(),
             "layers": [layer.report() for layer in job.layers],
-            "error": None if job.error is None else str(job.error),
+            "failure": None if job.error is None else str(job.error),
         }
 
     def cancel(self, name: str) -> None:
@@ -195,6 +198,12 @@ class Fetches:
     ) -> None:
         deadline = time.monotonic() + limits.RESOLVE_SECONDS
         record = self._loader.load(reference, descriptor, diff_id, deadline)
+        self._complete(job, layer, reference, record)
+
+    def _complete(
+        self, job: _Job, layer: FetchedLayer, reference: Reference, record: LayerRecord
+    ) -> None:
+        """All of a layer that has an index, by the ranges that are missing."""
         self._sources.add(record.slot, reference)
         if not self._state.is_complete(record.slot):
             content = self._layers.open(record.slot).content
@@ -227,6 +236,12 @@ class Fetches:
         descriptor: Descriptor,
         diff_id: Digest,
     ) -> None:
+        known = self._ingests.here(descriptor.digest, diff_id) or self._indexes.given(
+            descriptor.digest, diff_id
+        )
+        if known is not None:
+            self._complete(job, layer, reference, known)
+            return
         ingest = self._ingests.start(reference, descriptor, diff_id, urgent=True)
         layer.fetched = lambda: ingest.fetched
         try:

@@ -19,12 +19,13 @@ from pathlib import Path
 from layerstore import limits
 from layerstore.content import ObjectStore, Outages, Scheduler
 from layerstore.errors import LayerstoreError, NetworkError, StorageError
-from layerstore.formats.announced import announced
+from layerstore.formats.announced import Announced, announced
 from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
 from layerstore.provider import names
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.fetch import Fetches
 from layerstore.provider.images import Images, Match
+from layerstore.provider.indexes import Indexes
 from layerstore.provider.info import diff_size, layer_info, toc_info
 from layerstore.provider.ingests import Ingests
 from layerstore.provider.layers import Layer, Layers
@@ -83,6 +84,7 @@ class Store:
         self._outages = Outages()
         self._sources = Sources(client, self.policy.patience)
         self.ingests = Ingests(self._state, client, self._objects, self._scheduler, self._loader)
+        self.indexes = Indexes(self._state, self._loader)
         self.layers = Layers(
             self._state,
             self._objects,
@@ -95,7 +97,13 @@ class Store:
             background=background,
         )
         self.fetches = Fetches(
-            self._state, self._images, self._loader, self.layers, self.ingests, self._sources
+            self._state,
+            self._images,
+            self._loader,
+            self.layers,
+            self.ingests,
+            self._sources,
+            self.indexes,
         )
         self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
@@ -311,16 +319,32 @@ class Store:
         """The layer for a client that will believe what ``info`` says of blob and diff ID."""
         if self.policy.dialect_l is DialectL.OFF:
             raise Refusal(DIALECT_L_OFF, "layers are not served by their blob digest here")
+        promised = announced(match.descriptor)
+        policy = self.policy.ordinary_for(match.reference)
+        if not promised.form.lazy and policy is Ordinary.OFF:
+            raise Refusal(ORDINARY_OFF, "layers without a TOC are not served for this image")
         here = self.ingests.here(match.descriptor.digest, diff_id)
         if here is not None:
             return here
-        promised = announced(match.descriptor)
-        if promised.form.lazy and self.policy.dialect_l is DialectL.LAZY:
+        if self.policy.dialect_l is DialectL.LAZY:
+            lazily = self._find_lazily(match, promised, diff_id, deadline)
+            if lazily is not None and diff_size(lazily, match.descriptor) is not None:
+                return lazily
+        return self._find_ordinary(match, policy, diff_id, deadline)
+
+    def _find_lazily(
+        self, match: Match, promised: Announced, diff_id: Digest, deadline: float
+    ) -> LayerRecord | None:
+        """The layer by its TOC, or by an index that this node was given."""
+        if promised.form.lazy:
             record = self._load(match, diff_id, deadline)
-            self._check_claims(record)
-            if diff_size(record, match.descriptor) is not None:
-                return record
-        return self._find_ordinary(match, diff_id, deadline)
+        else:
+            given = self.indexes.given(match.descriptor.digest, diff_id)
+            if given is None or given.size != match.descriptor.size:
+                return None
+            record = given
+        self._check_claims(record)
+        return record
 
     def _check_claims(self, record: LayerRecord) -> None:
         """Nobody may be shown a layer of which two images tell different stories."""
@@ -342,9 +366,10 @@ class Store:
                 CONTRADICTION, "images tell different things of this layer; it is being checked"
             )
 
-    def _find_ordinary(self, match: Match, diff_id: Digest, deadline: float) -> LayerRecord:
+    def _find_ordinary(
+        self, match: Match, policy: Ordinary, diff_id: Digest, deadline: float
+    ) -> LayerRecord:
         """The layer without the help of a TOC: all of it must be here and verified."""
-        policy = self.policy.ordinary_for(match.reference)
         if policy is Ordinary.OFF:
             raise Refusal(ORDINARY_OFF, "layers without a TOC are not served for this image")
         if policy is Ordinary.KNOWN:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from layerstore.service.config import Config, load
     from layerstore.service.control import request
     from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
+    from layerstore.service.indexing import IndexKeeper, index_keeper
     from layerstore.service.opening import passing_store
     from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
     from layerstore.service.reloading import reload
@@ -24,7 +25,9 @@ __all__ = [
     "FetchStatus",
     "FetchedLayer",
     "Fetcher",
+    "IndexKeeper",
     "fetcher",
+    "index_keeper",
     "load",
     "passing_store",
     "reload",
@@ -38,7 +41,9 @@ _HOMES: Final = {
     "FetchStatus": "fetching",
     "FetchedLayer": "fetching",
     "Fetcher": "fetching",
+    "IndexKeeper": "indexing",
     "fetcher": "fetching",
+    "index_keeper": "indexing",
     "load": "config",
     "passing_store": "opening",
     "reload": "reloading",

@@ -22,6 +22,7 @@ from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.fetching import fetch_methods
 from layerstore.service.held import HeldMount
+from layerstore.service.indexing import index_methods
 from layerstore.service.opening import open_store
 from layerstore.service.recordrepair import RecordRepair
 from layerstore.service.sessions import Sessions
@@ -91,7 +92,9 @@ class Service:
                 **store.status(),
             }
 
-        control = ControlServer(root, {"status": status, **fetch_methods(store.fetches)})
+        control = ControlServer(
+            root, {"status": status, **fetch_methods(store.fetches), **index_methods(store)}
+        )
         stack.callback(control.close)
         gc.collect()
         gc.freeze()

@@ -34,11 +34,11 @@ class FetchedLayer(msgspec.Struct, frozen=True):
 
 
 class FetchStatus(msgspec.Struct, frozen=True):
-    """How far a job is; ``error`` is what ended all of it."""
+    """How far a job is; ``failure`` is what ended all of it."""
 
     done: bool
     layers: tuple[FetchedLayer, ...]
-    error: str | None
+    failure: str | None
 
 
 class Fetcher(Protocol):

@@ -160,7 +160,7 @@ def test_all_layers_are_brought_and_verified(asker, registry, publisher):
     use(asker, ordinary=Ordinary.OFF)
     image = publisher.push("app", "1", FILES, change=mixed)
     status = follow(asker, asker.store.fetches.start(ref(registry), ()))
-    assert status["error"] is None
+    assert status["failure"] is None
     assert [(one["form"], one["state"]) for one in status["layers"]] == [
         ("estargz", "complete"),
         ("tar+gzip", "complete"),
@@ -184,7 +184,7 @@ def test_a_layer_that_cannot_be_had_is_refused_with_its_reason(asker, registry, 
 def test_an_image_that_is_not_there_ends_the_job(asker, registry):
     status = follow(asker, asker.store.fetches.start(ref(registry, "none"), ()))
     assert status["layers"] == []
-    assert "404" in str(status["error"])
+    assert "404" in str(status["failure"])
 
 
 def test_the_platforms_of_an_index(asker, publisher, registry):
@@ -201,7 +201,7 @@ def test_the_platforms_of_an_index(asker, publisher, registry):
     ]
     assert len(follow(asker, fetches.start(ref(registry), None))["layers"]) == 3
     missing = follow(asker, fetches.start(ref(registry), ("linux/riscv64",)))
-    assert "no image for linux/riscv64" in str(missing["error"])
+    assert "no image for linux/riscv64" in str(missing["failure"])
     with pytest.raises(UsageError):
         fetches.start(ref(registry), ("amd64",))
 
