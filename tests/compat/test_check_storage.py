@@ -136,6 +136,14 @@ def change_file(env: PodmanEnv) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def change_mode(env: PodmanEnv) -> None:
+    (env.graph_root / "overlay" / layers_of(env)[0] / "diff/bin/busybox").chmod(0o4711)
+
+
+def lose_tar_split(env: PodmanEnv) -> None:
+    (env.graph_root / "overlay-layers" / f"{layers_of(env)[1]}.tar-split.gz").unlink()
+
+
 def damage_config(env: PodmanEnv) -> None:
     path = max(
         (path for path in image_directory(env).iterdir() if path.name.startswith("=")),
@@ -150,6 +158,8 @@ def damage_config(env: PodmanEnv) -> None:
         (lose_content, "layer-content-missing"),
         (lose_record, "layer-missing"),
         (change_file, "layer-changed"),
+        (change_mode, "layer-changed"),
+        (lose_tar_split, "layer-changed"),
         (damage_config, "image-data-damaged"),
     ],
 )
@@ -161,9 +171,13 @@ def test_what_cannot_be_restored_goes_and_can_be_pulled_again(
     status, found = findings(env, "--full")
     assert status == 1
     assert expected in kinds(found)
+    if env.flavour == "debian13":
+        assert env.podman("system", "check", check=False).returncode != 0
     status, found = findings(env, "--full", "--repair")
     assert status == 0, found
     assert findings(env, "--full")[0] == 0
+    if env.flavour == "debian13":
+        assert env.podman("system", "check").stdout == ""
     assert env.podman("image", "exists", image, check=False).returncode == 1
     env.podman("pull", "-q", image)
     assert env.podman("run", "--rm", "--pull=never", image).stdout == HELLO

@@ -42,7 +42,6 @@ import msgspec
 from layerstore import limits
 from layerstore.copy.statictoc import check_toc, toc_notes
 from layerstore.copy.transport import BlobStream
-from layerstore.copy.treecheck import OPAQUE, OpenTree
 from layerstore.errors import StorageError, UsageError, VerificationError
 from layerstore.formats import Compression, LayerStream, TarReader
 from layerstore.formats.tarstream import DIRECTORY, TarEntry
@@ -50,6 +49,7 @@ from layerstore.graphroot.atomic import sync_directory, write_file
 from layerstore.graphroot.extract import WhiteoutStyle, in_user_namespace
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.stage import DIFF, TAR_SPLIT, stage_layer
+from layerstore.graphroot.treecheck import OPAQUE, OpenTree
 from layerstore.image import Descriptor, Digest, Reference
 
 OWN: Final = ".layerstore"

@@ -22,7 +22,6 @@ from typing import Final
 import msgspec
 
 from layerstore import limits
-from layerstore.copy.treecheck import toc_difference
 from layerstore.errors import InvalidLayer, LimitExceeded, StorageError, VerificationError
 from layerstore.formats import (
     FOOTER_BYTES,
@@ -33,6 +32,7 @@ from layerstore.formats import (
     parse_footer,
     read_toc,
 )
+from layerstore.graphroot.treecheck import toc_difference
 from layerstore.image import Digest
 from layerstore.image.annotations import (
     ESTARGZ_TOC_DIGEST,

@@ -26,11 +26,11 @@ from layerstore.copy.staticstore import (
     whiteout_style,
 )
 from layerstore.copy.statictoc import check_toc
-from layerstore.copy.treecheck import tree_differences
 from layerstore.errors import ContentError, LayerstoreError, StorageError
 from layerstore.formats import Compression
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.stage import DIFF, stage_layer
+from layerstore.graphroot.treecheck import tree_differences
 from layerstore.image import Digest
 
 WAITING: Final = "Waiting for a run that changes the directory..."

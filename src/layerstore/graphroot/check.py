@@ -3,7 +3,7 @@
 Looking changes nothing; ``layerstore.graphroot.fsck`` repairs.  The quick part is done under
 the read locks of layers, images and containers, in that order, so that what others are in the
 middle of is never taken for damage.  The full part reads every ordinary layer and compares
-its tar stream with its diff ID, without a lock.
+its files with its archive (``contents``), without a lock.
 
 Kinds are stable words.  They come in three weights: *damage* (something does not work),
 *leftover* (it only takes room) and *notice* (nothing to repair here).
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +20,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from layerstore.errors import CorruptStorage, InvalidLayer, LayerstoreError, UsageError
+from layerstore.errors import CorruptStorage, LayerstoreError, UsageError
 from layerstore.graphroot import atomic, bigdata
+from layerstore.graphroot.contents import content_problem
+from layerstore.graphroot.extract import ExtractOptions, in_user_namespace
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.mountpoints import MountPoints
 from layerstore.graphroot.overlay import additional_layer_of
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
 from layerstore.graphroot.store import Store
-from layerstore.image import Digest
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _TAR_SPLIT: Final = ".tar-split.gz"
@@ -231,17 +231,22 @@ def _directory(view: _View, record: LayerRecord, directory: Path) -> None:
     overlay = view.store.layer_area.overlay
     try:
         additional = additional_layer_of(directory)
-        if additional is None:
-            if (directory / "diff").is_symlink() or not (directory / "diff").is_dir():
-                view.add(Kind.LAYER_CONTENT, record.id, "diff is no directory")
-                return
-        else:
+    except CorruptStorage as error:
+        view.add(Kind.LAYER_CONTENT, record.id, error.what)
+        return
+    try:
+        if additional is not None:
             target = os.readlink(directory / "diff")
             if target != str(additional / "diff"):
                 view.add(Kind.LAYER_CONTENT, record.id, f"diff leads to {target}")
                 return
             if not os.path.isdir(target):
                 view.add(Kind.LAYER_STORE, record.id, f"{target} cannot be reached now")
+        elif (directory / "diff").is_symlink() or not (directory / "diff").is_dir():
+            view.add(Kind.LAYER_CONTENT, record.id, "diff is no directory")
+            return
+        elif _came_as_an_archive(record) and view.store.layer_area.tar_split(record.id) is None:
+            view.add(Kind.LAYER_CHANGED, record.id, "its tar-split is lost")
         name = (directory / "link").read_text("ascii")
         short = overlay.home / "l" / name
         if not short.is_symlink() or os.readlink(short) != f"../{record.id}/diff":
@@ -256,6 +261,12 @@ def _directory(view: _View, record: LayerRecord, directory: Path) -> None:
         view.add(Kind.LAYER_LOWER, record.id, str(error))
     except (OSError, UnicodeDecodeError) as error:
         view.add(Kind.LAYER_CONTENT, record.id, f"its directory cannot be read: {error}")
+
+
+def _came_as_an_archive(record: LayerRecord) -> bool:
+    """Whether a tar-split was made; partial pulls of containers/storage may go without."""
+    partial = any("chunked" in key for key in record.big_data_names)
+    return record.diff_digest is not None and record.toc_digest is None and not partial
 
 
 def _files(view: _View) -> None:
@@ -320,33 +331,21 @@ _RULES: Final = (_names, _references, _directories, _files, _images, _mounts)
 
 def _contents(view: _View, advance: Advance | None) -> None:
     broken = {found.subject for found in view.findings}
+    area = view.store.layer_area
     records = [
         record
         for record in view.layers.values()
         if record.diff_digest is not None and not record.incomplete and record.id not in broken
     ]
+    options = ExtractOptions(
+        view.store.whiteouts, view.store.config.ignore_chown_errors, in_user_namespace()
+    )
     for number, record in enumerate(records, 1):
-        layer = Layer(record, view.store.layer_area)
+        layer = Layer(record, area)
         if advance is not None:
             advance(record.id, number, len(records))
-        if layer.is_lazy or view.store.layer_area.tar_split(record.id) is None:
+        if layer.is_lazy or area.tar_split(record.id) is None:
             continue  # its store verifies what it serves; nothing tells what else was in there
-        problem = _content_problem(layer)
-        if problem:
+        problem = content_problem(layer, options)
+        if problem and any(record == still for still in area.table.snapshot()):
             view.add(Kind.LAYER_CHANGED, record.id, problem)
-
-
-def _content_problem(layer: Layer) -> str:
-    wanted = layer.diff_id
-    assert wanted is not None
-    found = hashlib.sha256()
-    size = 0
-    try:
-        for piece in layer.tar():
-            found.update(piece)
-            size += len(piece)
-    except (CorruptStorage, InvalidLayer) as error:
-        return str(error)
-    if f"sha256:{found.hexdigest()}" != wanted:
-        return f"its files are no longer {Digest.parse(wanted)}"
-    return ""

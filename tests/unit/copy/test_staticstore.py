@@ -33,7 +33,6 @@ from layerstore.copy.staticstore import StaticStore
 from layerstore.copy.statictoc import check_toc
 from layerstore.copy.staticverify import VerifyResult, verify
 from layerstore.copy.transport import BlobStream
-from layerstore.copy.treecheck import tree_differences
 from layerstore.copy.unpack import UnpackOptions, UnpackResult, unpack_image
 from layerstore.errors import (
     InvalidLayer,
@@ -52,6 +51,7 @@ from layerstore.formats import (
 from layerstore.graphroot.als import LayerStores
 from layerstore.graphroot.extract import apply_tar
 from layerstore.graphroot.storageconf import LayerStoreSpec
+from layerstore.graphroot.treecheck import tree_differences
 from layerstore.image import Digest, Platform, Reference
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST
 
@@ -639,7 +639,8 @@ def test_a_crash_leaves_nothing_that_is_seen(tmp_path: Path, store: Path) -> Non
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
-    assert names(store) == set()
+    # the first layer was complete; whether it had its name yet is a race
+    assert names(store) <= {image.layers[0].digest}
     (store / ".layerstore/tmp/left/over").mkdir(parents=True)
     result = fill(store, image)
     assert [layer.how for layer in result.images[0].layers] == ["exists", "unpacked"]

@@ -15,7 +15,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -153,28 +153,41 @@ def shown(path: bytes) -> str:
     return "/" + path.decode(errors="backslashreplace")
 
 
-def tree_differences(expected: Path, actual: Path, *, made_after_ns: int) -> Iterator[str]:
+def tree_differences(
+    expected: Path,
+    actual: Path,
+    *,
+    made_after_ns: int,
+    contents: bool = True,
+    roots: bool = True,
+) -> Iterator[str]:
     """What is different in ``actual``, one sentence each; nothing if the trees are the same.
 
     What is newer than ``made_after_ns`` in ``expected`` has no time of its own: whiteouts,
-    and directories that were made because something lies in them.  Raises ``StorageError``.
+    and directories that were made because something lies in them.  Without ``contents`` the
+    files of ``expected`` are empty; without ``roots`` the two directories themselves may differ.
+    Raises ``StorageError``.
     """
     with OpenTree(expected) as left, OpenTree(actual) as right:
         links = _Links()
         for wanted, found in _side_by_side(left.walk(), right.walk()):
+            if wanted is not None and not wanted.path and not roots:
+                continue
             if found is None and wanted is not None:
                 yield f"{shown(wanted.path)} is missing"
             elif wanted is None and found is not None:
                 yield f"{shown(found.path)} does not belong there"
             elif wanted is not None and found is not None:
-                difference = _node_difference(wanted, found) or links.difference(
+                compared = wanted if contents else replace(wanted, size=found.size)
+                difference = _node_difference(compared, found) or links.difference(
                     wanted.inode, found.inode
                 )
                 timeless = wanted.mtime_ns >= made_after_ns
                 if difference is None and not timeless and wanted.mtime_ns != found.mtime_ns:
                     difference = "has another time of modification"
                 if (
-                    difference is None
+                    contents
+                    and difference is None
                     and stat.S_ISREG(wanted.mode)
                     and left.digest(wanted.path) != right.digest(found.path)
                 ):
