@@ -87,6 +87,9 @@ def untidy(env: PodmanEnv, container: str) -> None:
 
 def test_lists_have_the_same_text(env: PodmanEnv, ours: Ours) -> None:
     env.podman("tag", NAME, "quay.io/team/app:v1")
+    (document,) = ours.json("inspect", NAME)
+    digest = f"quay.io/other/app@{document['Digest']}"
+    env.containers_storage("add-names", "--name", digest, document["Id"])
     for arguments in (
         ("images",),
         ("images", "-a"),

@@ -12,7 +12,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import chain
 from typing import Annotated, Final, NoReturn
 
@@ -24,6 +24,7 @@ from layerstore.cli.process import (
     ending_by_signals,
     forget_output,
     is_broken_pipe,
+    log_to_stderr,
     open_missing_streams,
 )
 from layerstore.cli.rootless import enter_namespace
@@ -84,15 +85,21 @@ def _launch(
         bool, Parameter(negative="", show_default=False, help="Log more and show tracebacks.")
     ] = False,
 ) -> None:
-    if debug:
-        logging.getLogger("layerstore").setLevel(logging.DEBUG)
     open_missing_streams()
-    # it becomes another program, with its own way to end
-    signals = nullcontext() if tokens[:1] == ("serve",) else ending_by_signals()
+    with ExitStack() as stack:
+        if tokens[:1] == ("serve",):  # it becomes another program, with its own log and its own end
+            if debug:
+                logging.getLogger("layerstore").setLevel(logging.DEBUG)
+        else:
+            stack.enter_context(log_to_stderr(debug=debug))
+            stack.enter_context(ending_by_signals())
+        _run(tokens, debug=debug)
+
+
+def _run(tokens: tuple[str, ...], *, debug: bool) -> None:
     try:
-        with signals:
-            app(tokens, exit_on_error=False, print_error=False)
-            sys.stdout.flush()
+        app(tokens, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except LayerstoreError as error:
         if is_broken_pipe(error):
             sys.exit(1)

@@ -23,7 +23,9 @@ app = App(name="check", help="Look for damage, and repair it.", help_format="pla
 def storage(
     *,
     repair: Annotated[bool, switch("Repair what can be repaired.")] = False,
-    full: Annotated[bool, switch("Read all layers and compare their files with the archives.")] = False,
+    full: Annotated[
+        bool, switch("Read all layers and compare their files with the archives.")
+    ] = False,
     storage: StorageFlags = STORAGE,
     json: Json = False,
     quiet: Quiet = False,

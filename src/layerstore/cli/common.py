@@ -114,7 +114,7 @@ class RegistryFlags:
         from layerstore.registry import RegistrySettings  # noqa: PLC0415
 
         return RegistrySettings.from_system(
-            auth_file=self.authfile,
+            auth_file=named_auth_file(self.authfile),
             cert_directory=self.cert_dir,
             tls_verify=self.tls_verify,
             credential_sources=() if self.creds is None else (_explicit(self.creds, host),),
@@ -123,6 +123,13 @@ class RegistryFlags:
 
 REGISTRY = RegistryFlags()
 """The default of a verb's ``registry``."""
+
+
+def named_auth_file(path: Path | None) -> Path | None:
+    """What ``--authfile`` names, which has to be there; raises ``UsageError``."""
+    if path is not None and not path.exists():
+        raise UsageError("the file with credentials does not exist", subject=str(path))
+    return path
 
 
 def _explicit(creds: str, host: str | None) -> Any:

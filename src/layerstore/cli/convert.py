@@ -10,6 +10,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.filesize import decimal
 
+from layerstore.cli.common import named_auth_file
 from layerstore.copy.convert import ConvertOptions, ConvertResult
 from layerstore.copy.convert import Progress as Listener
 from layerstore.copy.convert import convert as convert_image
@@ -91,7 +92,9 @@ def convert(
 
     SRC and DST are docker://REFERENCE or oci:DIRECTORY[:TAG].
     """
-    settings = RegistrySettings.from_system(auth_file=authfile, tls_verify=tls_verify)
+    settings = RegistrySettings.from_system(
+        auth_file=named_auth_file(authfile), tls_verify=tls_verify
+    )
     options = ConvertOptions(
         form=_form(form, external_toc, level, chunk_size, min_chunk_size, _paths(prioritize or [])),
         platforms=tuple(Platform.parse(text) for text in platform or []),

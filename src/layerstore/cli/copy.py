@@ -7,7 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from layerstore.cli.common import STORAGE, Json, StorageFlags, option, print_json, switch
+from layerstore.cli.common import (
+    STORAGE,
+    Json,
+    StorageFlags,
+    named_auth_file,
+    option,
+    print_json,
+    switch,
+)
 from layerstore.copy.context import CopyContext
 from layerstore.copy.copyimage import CopyOptions, Platforms, copy_image
 from layerstore.copy.manifestedit import Family
@@ -178,7 +186,7 @@ def _settings(
     if creds is not None and no_creds:
         raise UsageError("credentials and no credentials contradict each other")
     settings = RegistrySettings.from_system(
-        auth_file=authfile, cert_directory=cert_dir, tls_verify=tls_verify
+        auth_file=named_auth_file(authfile), cert_directory=cert_dir, tls_verify=tls_verify
     )
     if no_creds:
         return replace(settings, auth_files=(), credential_sources=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from layerstore.cli.common import (
@@ -71,7 +72,7 @@ def _print_images(
     rows = []
     for summary in found:
         image = summary.image
-        for name in image.names or (f"{_NONE}:{_NONE}",):
+        for name in _shown_names(image.names):
             rows.append(
                 [
                     *_repository_and_tag(name),
@@ -87,6 +88,12 @@ def _print_images(
         for column in reversed(unwanted):
             del line[column]
     print_table(headings, rows, heading=heading)
+
+
+def _shown_names(names: Sequence[str]) -> Sequence[str]:
+    """One row for each: those with a tag, else one with a digest, as Podman shows them."""
+    tagged = [name for name in names if "@" not in name]
+    return tagged or [*names[:1]] or [f"{_NONE}:{_NONE}"]
 
 
 def _repository_and_tag(name: str) -> tuple[str, str]:

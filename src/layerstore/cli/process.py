@@ -1,4 +1,4 @@
-"""The program and its surroundings: signals, and standard streams that are closed or full.
+"""The program and its surroundings: signals, its log, standard streams that are closed or full.
 
 A signal that asks to end becomes an exception in the main thread, so that whatever is half made is
 removed on the way out, and the status is the shell's for it: 128 and the signal's number.
@@ -7,13 +7,14 @@ removed on the way out, and the status is the shell's for it: 128 and the signal
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Final
+from typing import Final, TextIO
 
 _ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 
@@ -45,6 +46,32 @@ def ending_by_signals() -> Iterator[None]:
 def _end(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # once is enough: the clean-up is to come to its end
     raise Ended(number)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Lines as those of errors, with the weight of each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"layerstore: {record.levelname.lower()}: {record.getMessage()}"
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - not ours to name
+        """Nobody reads standard error any more: nothing that a verb could do better without."""
+
+
+@contextlib.contextmanager
+def log_to_stderr(*, debug: bool) -> Iterator[None]:
+    """Print warnings, with ``debug`` everything that is logged, on standard error."""
+    logger = logging.getLogger("layerstore")
+    handler, level = _Lines(), logger.level
+    logger.addHandler(handler)
+    handler.setLevel(logging.DEBUG if debug else logging.WARNING)
+    if debug:
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def open_missing_streams() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from layerstore.cli.common import STORAGE, Json, StorageFlags, option, print_json, switch
 from layerstore.copy.context import CopyContext
 from layerstore.copy.progress import listener
-from layerstore.copy.saveload import LoadedImage, SaveFormat
+from layerstore.copy.saveload import NamedImage, SaveFormat
 from layerstore.copy.saveload import load as load_images
 from layerstore.copy.saveload import save as save_images
 from layerstore.errors import UsageError
@@ -37,6 +37,7 @@ def save(
     compress: Annotated[bool, switch("Pack the layers in a docker-dir.")] = False,
     uncompressed: Annotated[bool, switch("Leave layers plain in the OCI formats.")] = False,
     quiet: Annotated[bool, switch("Show no progress.", "--quiet", "-q")] = False,
+    json: Json = False,
     storage: StorageFlags = STORAGE,
 ) -> None:
     """Save an image of the storage to an archive or a directory.
@@ -47,13 +48,15 @@ def save(
     if not images:
         raise UsageError("name the image to save")
     if output is None:
+        if json:
+            raise UsageError("standard output is for one thing: --json goes with --output")
         if format.endswith("-dir"):
             raise UsageError("a directory has to be named with --output")
         if sys.stdout.isatty():
             raise UsageError("an archive is not for a terminal: use --output or redirect")
     store = storage.open(read_only=True)
     with listener(quiet=quiet) as shown:
-        save_images(
+        saved = save_images(
             store,
             images,
             output or _STDOUT,
@@ -63,6 +66,8 @@ def save(
             compress=compress,
             uncompressed=uncompressed,
         )
+    if json:
+        print_json([_document(image) for image in saved])
 
 
 def load(
@@ -88,5 +93,5 @@ def load(
             print(f"Loaded image: {name}")
 
 
-def _document(image: LoadedImage) -> dict[str, Any]:
+def _document(image: NamedImage) -> dict[str, Any]:
     return {"Id": image.image_id, "Names": list(image.names)}

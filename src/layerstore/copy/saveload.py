@@ -42,8 +42,8 @@ class SaveFormat(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedImage:
-    """An image that is in the storage now."""
+class NamedImage:
+    """An image that was saved or loaded, and the names that it has there."""
 
     image_id: str
     names: tuple[str, ...]
@@ -64,8 +64,8 @@ def save(
     several: bool = False,
     compress: bool = False,
     uncompressed: bool = False,
-) -> None:
-    """Write images of ``store`` to ``output``.
+) -> tuple[NamedImage, ...]:
+    """Write images of ``store`` to ``output``; what it holds then.
 
     All of ``images`` with ``several``, which only ``docker-archive`` can hold; otherwise the
     first, and the others are further names of it.  ``compress`` packs the layers in a
@@ -80,8 +80,7 @@ def save(
     if several and save_format is not SaveFormat.DOCKER_ARCHIVE:
         raise UsageError("only docker-archive holds several images")
     if save_format is SaveFormat.DOCKER_ARCHIVE:
-        _save_docker_archive(store, images, output, ctx, several=several)
-        return
+        return _save_docker_archive(store, images, output, ctx, several=several)
     if len(images) > 1:
         raise UsageError("only docker-archive knows further names of an image")
     image, name = resolve(store.images(), images[0])
@@ -105,11 +104,13 @@ def save(
         contextlib.closing(destination),
     ):
         copy_between(source, destination, ctx, options)
+    named = name and save_format is not SaveFormat.DOCKER_DIR
+    return (NamedImage(image.id, (name,) if named else ()),)
 
 
 def _save_docker_archive(
     store: Store, texts: Sequence[str], output: Path, ctx: CopyContext, *, several: bool
-) -> None:
+) -> tuple[NamedImage, ...]:
     wanted: dict[str, tuple[Image, list[Reference]]] = {}
     known = store.images()
     for text in texts if several else texts[:1]:
@@ -128,21 +129,25 @@ def _save_docker_archive(
             options = CopyOptions(remove_signatures=True)
             copy_between(source, archive.image(list(dict.fromkeys(names))), ctx, options)
         archive.finish()
+    return tuple(
+        NamedImage(image.id, tuple(dict.fromkeys(map(str, names))))
+        for image, names in wanted.values()
+    )
 
 
-def load(store: Store, path: Path, ctx: CopyContext) -> tuple[LoadedImage, ...]:
+def load(store: Store, path: Path, ctx: CopyContext) -> tuple[NamedImage, ...]:
     """Bring all images of an archive or directory into ``store``.
 
     Raises ``InvalidManifest`` for what holds no images, and what ``pull_into`` does; images
     loaded before an error stay.
     """
-    loaded: dict[str, LoadedImage] = {}
+    loaded: dict[str, NamedImage] = {}
     with contextlib.ExitStack() as stack:
         for source, names in _images_in(path, ctx, stack):
             result = pull_into(store, source, names, into_storage(source, ctx))
-            before = loaded.get(result.image_id, LoadedImage(result.image_id, ()))
+            before = loaded.get(result.image_id, NamedImage(result.image_id, ()))
             merged = tuple(dict.fromkeys((*before.names, *names)))
-            loaded[result.image_id] = LoadedImage(result.image_id, merged)
+            loaded[result.image_id] = NamedImage(result.image_id, merged)
     return tuple(loaded.values())
 
 

@@ -138,7 +138,9 @@ def test_policies(run: Run, layout: StoredImage, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_save_and_load(run: Run, store: Store, image: str, tmp_path: Path, form: str) -> None:
     saved = tmp_path / "saved"
-    assert run("save", "-q", "--format", form, "-o", saved, NAMES[0]) == (0, "", "")
+    status, out, err = run("save", "-q", "--json", "--format", form, "-o", saved, NAMES[0])
+    names = [] if form == "docker-dir" else NAMES[:1]
+    assert (status, json.loads(out), err) == (0, [{"Id": image, "Names": list(names)}], "")
     store.remove_image(image, force=True)
     status, out, err = run("load", "-q", "-i", saved)
     name = f"localhost{saved}:latest".lower() if form == "docker-dir" else NAMES[0]
@@ -194,6 +196,7 @@ def test_saves_that_make_no_sense(
 def test_what_is_not_there(run: Run, store: Store, tmp_path: Path) -> None:
     assert run("save", "-q", "-o", tmp_path / "saved", "nothing")[0] == 1
     assert run("save", "-q", "--format=oci-dir", "nothing")[0] == 2
+    assert run("save", "-q", "--json", "nothing")[0] == 2  # standard output is the archive's
     assert run("load", "-q", "-i", tmp_path / "saved")[0] == 1
     (tmp_path / "saved").write_bytes(b"no archive")
     status, _, err = run("load", "-q", "-i", tmp_path / "saved")

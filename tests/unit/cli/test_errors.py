@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from layerstore import __version__
 from layerstore.cli import VERBS, main
+from layerstore.cli.process import log_to_stderr
 
 COMMANDS = tuple(chain.from_iterable(VERBS.values()))
 
@@ -154,6 +156,39 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ServiceError" in done.stderr
+
+
+def test_a_warning_is_a_line_too_and_debug_tells_more(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("layerstore.somewhere")
+    for debug in (False, True):
+        with log_to_stderr(debug=debug):
+            log.debug("a step of %s", "work")
+            log.warning("something is odd")
+    log.warning("nobody listens any more")
+    assert capsys.readouterr().err.splitlines() == [
+        "layerstore: warning: something is odd",
+        "layerstore: debug: a step of work",
+        "layerstore: warning: something is odd",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("push", "--authfile={}", "app:1", "quay.io/a/b:1"),
+        ("copy", "--dest-authfile={}", "oci:{}", "docker://quay.io/a/b:1"),
+        ("convert", "--authfile={}", "oci:{}", "docker://quay.io/a/b:1"),
+    ],
+)
+def test_a_file_with_credentials_that_is_named_has_to_be_there(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    missing = tmp_path / "auth.json"
+    status, _, err = run(*(word.format(missing) for word in arguments))
+    assert (status, err) == (
+        2,
+        f"layerstore: {missing}: the file with credentials does not exist\n",
+    )
 
 
 def test_version(run: Run) -> None:

@@ -72,6 +72,15 @@ def test_images(run: Run, image: Image) -> None:
 def test_an_image_without_names_or_with_a_digest(run: Run, store: Store, image: Image) -> None:
     store.set_names(image.id, [f"quay.io/team/app@{image.digest}"])
     assert run("images", "-n")[1].split()[:2] == ["quay.io/team/app", "<none>"]
+    # one row for all names without a tag, and none where there is a tag
+    store.set_names(image.id, [f"quay.io/{one}/app@{image.digest}" for one in "ab"])
+    assert [line.split()[:2] for line in run("images", "-n")[1].splitlines()] == [
+        ["quay.io/a/app", "<none>"]
+    ]
+    store.set_names(image.id, [f"quay.io/a/app@{image.digest}", "quay.io/a/app:1"])
+    assert [line.split()[:2] for line in run("images", "-n")[1].splitlines()] == [
+        ["quay.io/a/app", "1"]
+    ]
     store.set_names(image.id, [])
     assert run("images", "-n")[1].split()[:2] == ["<none>", "<none>"]
     assert run("images", "-n", "--filter", "dangling=false")[1] == ""

@@ -49,8 +49,8 @@ def top(store: Store, base: Path) -> Path:
     return store.image(KEPT).layers()[1].diff_path
 
 
-def kinds(store: Store, **how: bool) -> list[Kind]:
-    return [found.kind for found in check.check(store, **how).findings]
+def kinds(store: Store, *, full: bool = False) -> list[Kind]:
+    return [found.kind for found in check.check(store, full=full).findings]
 
 
 def mode(path: Path) -> None:
