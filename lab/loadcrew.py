@@ -23,7 +23,7 @@ import msgspec
 from lab.fusectl import FuseControl
 from lab.loads import Board, Progress, Task
 
-HANG_SECONDS: Final = 60.0
+HANG_SECONDS: Final = 90.0
 """More than any operation needs, the restart of a server and of a registry in it included."""
 
 _END_SECONDS: Final = 5.0

@@ -51,6 +51,7 @@ Kind = Literal["read", "stream", "mmap", "walk", "containers", "resident", "pull
 _COUNTS: Final = struct.Struct("<4Q2d")
 _TEXT_BYTES: Final = 1024
 _PAGE: Final = mmap.PAGESIZE
+_SHORT_BYTES: Final = 8 << 20  # a page at a time and thrown away before: longer ones take too long
 _PIECES: Final = (4096, 16_384, 65_536, 131_072, 1 << 20)
 _PERMITTED: Final = frozenset((*trees.FORMAT_FILES, b"."))
 _COMMAND_SECONDS: Final = 300.0  # a hang is for the one who watches the board to notice
@@ -186,6 +187,11 @@ class Load:
             for name, node in tree.items()
             if stat.S_ISREG(node.mode) and node.size and name not in _PERMITTED
         ]
+        self._shorter: Final = [
+            (place, name)
+            for place, name in self._files
+            if self._trees[place][name].size <= _SHORT_BYTES
+        ]
 
     def run(self) -> None:
         """Do one operation after the other until SIGTERM."""
@@ -212,7 +218,7 @@ class Load:
     # -- contents --------------------------------------------------------------------
 
     def _read(self) -> None:
-        place, name = self._random.choice(self._files)
+        place, name = self._random.choice(self._shorter)
         node = self._trees[place][name]
         path = os.path.join(os.fsencode(place.root), name)
         with self.board.operation(f"read {_shown(path)}"):
@@ -245,7 +251,7 @@ class Load:
                     self._compare(path, node, bytes(data))
 
     def _mapped(self) -> None:
-        place, name = self._random.choice(self._files)
+        place, name = self._random.choice(self._shorter)
         node = self._trees[place][name]
         path = os.path.join(os.fsencode(place.root), name)
         with self.board.operation(f"mmap {_shown(path)}"):

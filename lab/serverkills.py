@@ -72,10 +72,14 @@ class ServerKiller:
 
     def kill(self) -> Kill:
         """Wait for a server and a moment, and kill it.  AssertionError if none comes up."""
-        (moment,) = self._random.choices([*_WEIGHTS], [*_WEIGHTS.values()])
-        if self._early >= _EARLY:
-            moment = "any"
-        return self._starting() if moment == "starting" else self._serving(moment)
+        while True:
+            (moment,) = self._random.choices([*_WEIGHTS], [*_WEIGHTS.values()])
+            if self._early >= _EARLY:
+                moment = "any"
+            try:
+                return self._starting() if moment == "starting" else self._serving(moment)
+            except ProcessLookupError:
+                continue  # a reload has ended it first
 
     def serving(self) -> dict[str, Any]:
         """Wait until the server that comes after the last one answers; its status."""
@@ -102,8 +106,7 @@ class ServerKiller:
             self._wait_for(self._moments()[moment])
             if moment != "waiting":
                 time.sleep(self._random.random() * 0.1)
-        status = self._status()
-        assert status is not None, self._store.log()[-4000:]
+        status = self.serving()
         requests = sum(status["fuse"]["requests"].values())
         return self._strike(moment, status["pid"], requests, restart)
 

@@ -75,6 +75,7 @@ class Workbench:
     def crew(self, seed: str, kinds: Iterable[Kind] = EVERY_LOAD) -> Crew:
         """Loads of these kinds, started, on what is here."""
         self._crews += 1
+        self.rig.env.podman("rm", "--all", "--force", "--time=0")  # of a crew that was cut short
         crew = Crew(self.directory / f"crew-{self._crews}", self.control)
         for number, kind in enumerate(kinds):
             crew.add(
