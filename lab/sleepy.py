@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ class SleepyStore:
         self._image: Final = Publisher(self._registry).push("sleepy/image", "1", [files])
         conf = directory / "registries.conf"
         conf.write_text(f'[[registry]]\nlocation = "{self._registry.host}"\ninsecure = true\n')
+        self._reference: Final = f"{self._registry.host}/sleepy/image:1"
         self.service: Final = LayerstoreService(
             directory,
             environment={
@@ -63,9 +65,8 @@ class SleepyStore:
     @property
     def layer(self) -> Path:
         """The files, as a path through the mount point."""
-        reference = f"{self._registry.host}/sleepy/image:1"
         digest = self._image.manifest["layers"][0]["digest"]
-        return layer_path(self.service.mountpoint, reference, digest) / "diff"
+        return layer_path(self.service.mountpoint, self._reference, digest) / "diff"
 
     def look_up(self) -> None:
         """Have the layer known; from then on its bytes come slowly."""
@@ -82,17 +83,28 @@ class SleepyStore:
         page cache, so that each error is the reader's.
         """
         path = f"{directory or self.layer}/{name}"
-        before, asked = self.open_requests(), self.slowness.hits
+        before = self.open_requests()
+        process = self._asleep(_DIRECT.format(path).split() if direct else ["sha256sum", path])
+        end = time.monotonic() + 20
+        while self.open_requests() <= before:
+            assert time.monotonic() < end, "no read came"
+            time.sleep(0.01)
+        return process
+
+    def fetch(self) -> subprocess.Popen[str]:
+        """`layerstore fetch` of the image, which waits for the registry by now."""
+        command = [sys.executable, "-m", "layerstore.cli", "fetch", "--quiet", self._reference]
+        return self._asleep([*command, "--root", str(self.service.root)])
+
+    def _asleep(self, command: list[str]) -> subprocess.Popen[str]:
+        asked = self.slowness.hits
         self.slowness.seconds = _SLEEP_SECONDS
         process = subprocess.Popen(
-            _DIRECT.format(path).split() if direct else ["sha256sum", path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         end = time.monotonic() + 20
-        while self.open_requests() <= before or self.slowness.hits == asked:
-            assert time.monotonic() < end, "no read came"
+        while self.slowness.hits == asked:
+            assert time.monotonic() < end, "the registry is asked for nothing"
             time.sleep(0.01)
         self.slowness.seconds = 0.0
         return process

@@ -210,3 +210,13 @@ def test_a_dead_keeper_takes_its_server_along(make_store: MakeStore) -> None:
     assert store.error_of(reader) != ""
     store.service.start()
     assert store.reads(store.names[0])
+
+
+def test_a_fetch_goes_on_with_the_next_server(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    fetch = store.fetch()
+    os.kill(store.service.pid, signal.SIGKILL)
+    _, said = fetch.communicate(timeout=60)
+    assert (fetch.returncode, said) == (0, "")
+    assert all(layer["complete"] for layer in store.status()["layers"])

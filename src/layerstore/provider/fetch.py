@@ -7,8 +7,8 @@ whatever its form, and needs no registry.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -81,7 +81,6 @@ class Fetches:
         self._sources = sources
         self._indexes = indexes
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
 
     def start(self, reference: str, platforms: Iterable[str] | None) -> str:
@@ -105,7 +104,7 @@ class Fetches:
                 if oldest is None:
                     raise ServiceError("too many images are being fetched")
                 del self._jobs[oldest]
-            name = str(next(self._numbers))
+            name = secrets.token_hex(8)  # the next server must not know it for another's
             self._jobs[name] = job
         threading.Thread(
             target=self._run, args=(job, parsed, wanted), name=f"fetch-job-{name}", daemon=True

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
-from layerstore.errors import NoServiceError, ServiceError
+from layerstore.errors import NoServiceError, ServiceError, UnknownObject
 from layerstore.provider import Fetches
 from layerstore.service.config import Config
 from layerstore.service.control import request
 from layerstore.service.opening import open_store
+
+_FORGOTTEN: Final = "forgotten"
 
 Method = Callable[[Mapping[str, Any]], Mapping[str, object]]
 
@@ -59,7 +61,10 @@ def fetch_methods(fetches: Fetches) -> dict[str, Method]:
         return {"job": fetches.start(reference, platforms)}
 
     def status(asked: Mapping[str, Any]) -> Mapping[str, object]:
-        return fetches.status(str(asked.get("job")))
+        try:
+            return fetches.status(str(asked.get("job")))
+        except UnknownObject:
+            return {_FORGOTTEN: True}
 
     def cancel(asked: Mapping[str, Any]) -> Mapping[str, object]:
         fetches.cancel(str(asked.get("job")))
@@ -69,18 +74,31 @@ def fetch_methods(fetches: Fetches) -> dict[str, Method]:
 
 
 class _Remote:
+    """Asks the service.  Jobs live as long as its server: the next one is asked for the same again,
+    and what was fetched already is here.
+    """
+
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._asked: dict[str, tuple[str, tuple[str, ...] | None]] = {}
+        self._now: dict[str, str] = {}  # job as we gave it -> as the present server knows it
 
     def start(self, reference: str, platforms: tuple[str, ...] | None) -> str:
         asked = request(self._root, "fetch-start", reference=reference, platforms=platforms)
-        return str(asked["job"])
+        job = str(asked["job"])
+        self._asked[job] = reference, platforms
+        return job
 
     def status(self, job: str) -> FetchStatus:
-        return msgspec.convert(request(self._root, "fetch-status", job=job), FetchStatus)
+        known = self._now.get(job, job)
+        answer = request(self._root, "fetch-status", job=known)
+        if _FORGOTTEN in answer:
+            self._now[job] = known = self.start(*self._asked[job])
+            answer = request(self._root, "fetch-status", job=known)
+        return msgspec.convert(answer, FetchStatus)
 
     def cancel(self, job: str) -> None:
-        request(self._root, "fetch-cancel", job=job)
+        request(self._root, "fetch-cancel", job=self._now.get(job, job))
 
 
 class _Local:
