@@ -196,6 +196,12 @@ class StorageError(LayerstoreError):
     fault = Fault.LOCAL
 
 
+class DiskFull(StorageError):
+    """The local disk takes nothing: it is full, a quota is used up, or it fails."""
+
+    code = "no-room"
+
+
 class CorruptStorage(StorageError):
     """A graph root whose records or files contradict each other or cannot be read."""
 

@@ -84,7 +84,7 @@ class Asker:
             raise errors[0]
         data = opened.content.read_stored(entry, 0, size)
         assert data is not None
-        return data
+        return bytes(data)
 
 
 @pytest.fixture

@@ -6,10 +6,15 @@ without gaps.  What the registry sent is kept as it came, so that no byte is
 fetched twice and the whole blob, once complete, can be exported byte for byte.
 Nothing here is verified: whoever takes a member out checks its chunks, and
 whoever exports the blob checks its digest.
+
+While the disk takes nothing, units that somebody waits for are *held*: they lie on the
+`Shelf` for a while.  Such a unit is not present: no bit ever stands for bytes that were not
+written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -17,7 +22,9 @@ from typing import Protocol
 
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
+from layerstore.content.disk import Disk
 from layerstore.content.files import OpenFile
+from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError
 
 
@@ -54,11 +61,24 @@ class Range:
 
 
 class BlobFile:
-    """The sparse file ``path`` of a blob of ``size`` bytes, with its bitmap of units."""
+    """The sparse file ``path`` of a blob of ``size`` bytes, with its bitmap of units.
 
-    def __init__(self, path: Path, table: MemberTable, size: int, toc_offset: int) -> None:
+    Methods raise StorageError when the disk fails, DiskFull when it takes nothing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        table: MemberTable,
+        size: int,
+        toc_offset: int,
+        disk: Disk,
+        shelf: Shelf,
+    ) -> None:
         self.path = path
         self.size = size
+        self.disk = disk
+        self.shelf = shelf
         self._table = table
         self._toc_offset = toc_offset
         self.units = table.members + 2
@@ -69,9 +89,9 @@ class BlobFile:
             if os.fstat(fd).st_size != size:
                 map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
                 os.ftruncate(fd, size)
+            self.present = Bitmap(map_path, self.units, disk)
         except OSError as error:
-            raise StorageError(f"cannot open: {error.strerror}", subject=str(path)) from error
-        self.present = Bitmap(map_path, self.units)
+            raise disk.failed(error, "cannot open", path) from error
         for unit in (0, self.units - 1):
             offset, end = self.extent(unit)
             if offset == end:
@@ -94,22 +114,48 @@ class BlobFile:
         member = self._table.member(unit - 1)
         return member.offset, member.end
 
+    def too_long(self, unit: int) -> bool:
+        """Whether the unit has too many bytes to be held."""
+        offset, end = self.extent(unit)
+        return end - offset > limits.HELD_UNIT_BYTES
+
     def is_member(self, unit: int) -> bool:
         """Whether the unit is a member with file contents (not head or tail)."""
         return 0 < unit < self.units - 1
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Put bytes in their place; mark() says that a unit has all of its bytes."""
+        self.disk.check()
         view = memoryview(data)
         end = offset + len(view)
         while view:
             try:
                 written = os.pwrite(self.file.fd, view, end - len(view))
             except OSError as error:
-                raise StorageError(
-                    f"cannot write: {error.strerror}", subject=str(self.path)
-                ) from error
+                raise self.disk.failed(error, "cannot write", self.path) from error
             view = view[written:]
+
+    def seed(self, end: bytes) -> None:
+        """Take over the last bytes of the blob.
+
+        Raises StorageError if the disk does not take them; they are held in memory then.
+        """
+        start = self.size - len(end)
+        view = memoryview(end)
+        for unit in range(self.units - 1, -1, -1):
+            offset, stop = self.extent(unit)
+            if offset < start:
+                return
+            if self.present[unit]:
+                continue
+            data = view[offset - start : stop - start]
+            try:
+                self.write(offset, data)
+                self.mark(unit)
+            except StorageError:
+                if not self.too_long(unit):
+                    self.hold(unit, data)
+                raise
 
     def mark(self, unit: int) -> None:
         """All bytes of the unit are written."""
@@ -118,13 +164,35 @@ class BlobFile:
             self.stored_bytes += end - offset
 
     def discard(self, unit: int) -> None:
-        """The bytes of the unit are wrong: forget them."""
+        """The bytes of the unit are wrong, or cannot be read: forget them."""
+        self.shelf.drop((self.path, unit))
         if self.present.unset(unit):
             offset, end = self.extent(unit)
             self.stored_bytes -= end - offset
 
+    def hold(self, unit: int, data: bytes | memoryview) -> None:
+        """Keep the bytes of a unit, which the disk did not take, in memory for a while."""
+        self.shelf.put((self.path, unit), data)
+
+    def held(self, unit: int) -> bytes | None:
+        """The bytes of a unit that is held."""
+        return self.shelf.get((self.path, unit))
+
+    def here(self, unit: int) -> bool:
+        """Whether the unit is present, or held."""
+        return self.present[unit] or (self.path, unit) in self.shelf
+
+    def store_held(self) -> None:
+        """Write what is held of this blob, now that the disk takes it."""
+        for unit in self.shelf.units(self.path):
+            data = self.held(unit)
+            if data is not None and not self.present[unit]:
+                self.write(self.extent(unit)[0], data)
+                self.mark(unit)
+            self.shelf.drop((self.path, unit))
+
     def read_unit(self, unit: int) -> bytes:
-        """The stored bytes of a unit."""
+        """The stored bytes of a unit that is present."""
         offset, end = self.extent(unit)
         return self.file.read(offset, end - offset)
 
@@ -137,11 +205,15 @@ class BlobFile:
         try:
             os.fdatasync(self.file.fd)
         except OSError as error:
-            raise StorageError(f"cannot sync: {error.strerror}", subject=str(self.path)) from error
+            # The error is told once, and what was not written may lie in memory still, as if
+            # it were: from now on it is read from the disk.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            raise self.disk.failed(error, "cannot sync", self.path) from error
         self.present.sync()
 
     def sha256(self) -> str:
-        """Hex SHA-256 over the whole file."""
+        """Hex SHA-256 over the whole file; OSError if it cannot be read."""
         hasher = hashlib.sha256()
         offset = 0
         while piece := os.pread(self.file.fd, limits.MIB, offset):

@@ -11,12 +11,19 @@ from typing import Final, TypeGuard
 from layerstore import limits
 from layerstore.content.blob import BlobFile
 from layerstore.content.flight import Flight, FlightPlan, Waiter
+from layerstore.content.landing import Landing
 from layerstore.content.outages import Outages, gone, pause_after
 from layerstore.content.pace import Pace
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource, Response
-from layerstore.errors import LayerstoreError, NetworkError, RegistryError, ServiceError
+from layerstore.errors import (
+    DiskFull,
+    LayerstoreError,
+    NetworkError,
+    RegistryError,
+    ServiceError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -57,22 +64,30 @@ class Fetcher:
         self._plan = FlightPlan(_Units(blob), self._pace)
         self._waiters: dict[int, list[Waiter]] = {}
 
-    def demand(self, units: Sequence[int], done: Done) -> None:
-        """Bring these units here soon; ``done(error or None)`` is called once, from any thread."""
+    def demand(self, units: Sequence[int], done: Done, *, stored: bool = False) -> None:
+        """Bring these units here soon; ``done(error or None)`` is called once, from any thread.
+
+        What the disk does not take is held in memory, unless it has to be ``stored``:
+        that ends with DiskFull then.
+        """
         if not units:
             done(None)
             return
         with self._lock:
-            self._enlist(units, Waiter(len(units), done))
+            self._enlist(units, Waiter(len(units), done, stored=stored))
 
     def _enlist(self, units: Sequence[int], waiter: Waiter) -> None:
+        full = self._blob.disk.full
+        self._plan.widest = limits.HELD_RANGE_BYTES if full else limits.DEMAND_RANGE_MAX_BYTES
         for unit in units:
             self._waiters.setdefault(unit, []).append(waiter)
             for flight in self._plan.demand(unit):
                 self._start(flight)
 
     def prefetch(self, last: int) -> None:
-        """Fetch the units up to ``last`` ahead of need."""
+        """Fetch the units up to ``last`` ahead of need, unless the disk takes nothing."""
+        if self._blob.disk.full:
+            return
         with self._lock:
             first, size = 0, limits.PREFETCH_RANGE_BYTES
             while flight := self._plan.sweep(first, last, size, Priority.PREFETCH):
@@ -80,7 +95,11 @@ class Fetcher:
                 first = flight.last + 1
 
     def sweep(self) -> Exception | None:
-        """Fetch a next large range in this thread; the error that ended it early."""
+        """Fetch a next large range in this thread; the error that ended it early.
+
+        Raises DiskFull if the disk takes nothing.
+        """
+        self._blob.disk.check()
         with self._lock:
             flight = self._plan.sweep(
                 0, self._blob.units - 1, limits.BACKGROUND_RANGE_BYTES, Priority.BACKGROUND
@@ -105,6 +124,8 @@ class Fetcher:
             self._report(error)
 
     def _report(self, error: Exception) -> None:
+        if isinstance(error, DiskFull):
+            return  # that was said when it began
         _log.warning("event=fetch-failed layer=%s error=%s", self.name, error)
 
     def _fly_ahead(self, flight: Flight) -> Exception | None:
@@ -216,11 +237,11 @@ class Fetcher:
     def _fly_on(self, flight: Flight) -> None:
         while flight.position <= flight.last:
             self._keep_going(flight)
-            if self._blob.present[flight.position]:
+            if self._blob.here(flight.position):
                 self._land(flight)
                 continue
             first = last = flight.position
-            while last < flight.last and not self._blob.present[last + 1]:
+            while last < flight.last and not self._blob.here(last + 1):
                 last += 1
             self._stream(flight, self._blob.extent(first)[0], self._blob.extent(last)[1])
 
@@ -230,6 +251,8 @@ class Fetcher:
 
     def _stream(self, flight: Flight, offset: int, end: int) -> None:
         """Store what one response brings, from flight.position on."""
+        if self._blob.disk.full:
+            self._check_use(flight)
         self._totals.request(flight.priority)
         asked = time.monotonic()
         latency = 0.0
@@ -245,22 +268,24 @@ class Fetcher:
                     self._join(flight, other)
                     return
                 offset, end = response.start, self._blob.size
-            while flight.position <= flight.last and offset < end:
-                # no further than the flight still goes: it may have been cut meanwhile
-                wanted = min(end, self._end(flight.last)) - offset
-                data = response.read_some(min(limits.STREAM_BYTES, max(wanted, 1)))
-                if not data:
-                    raise NetworkError(f"the body ended {end - offset} bytes early")
-                latency = latency or time.monotonic() - asked
-                self._stats.fetched_bytes += len(data)
-                self._totals.fetched(flight.priority, len(data))
-                self._write(flight, offset, data)
-                offset += len(data)
-                while flight.position <= flight.last and self._end(flight.position) <= offset:
-                    self._blob.mark(flight.position)
-                    flight.brought += 1
-                    self._land(flight)
-                self._keep_going(flight)
+            with Landing(self._blob) as landing:
+                while flight.position <= flight.last and offset < end:
+                    # no further than the flight still goes: it may have been cut meanwhile
+                    wanted = min(end, self._end(flight.last)) - offset
+                    data = response.read_some(min(limits.STREAM_BYTES, max(wanted, 1)))
+                    if not data:
+                        raise NetworkError(f"the body ended {end - offset} bytes early")
+                    latency = latency or time.monotonic() - asked
+                    self.count(flight.priority, len(data))
+                    landing.write(flight.position, offset, data, whole=flight.whole)
+                    offset += len(data)
+                    while flight.position <= flight.last and self._end(flight.position) <= offset:
+                        landing.arrived(flight.position)
+                        flight.brought += 1
+                        self._land(flight)
+                    if landing.in_memory:
+                        self._check_use(flight)
+                    self._keep_going(flight)
             if flight.priority is Priority.DEMAND:  # others rest in between
                 self._pace.measured(latency, offset - begin, time.monotonic() - asked)
         finally:
@@ -281,22 +306,29 @@ class Fetcher:
         self._outages.answered(asked)
         return response
 
+    def count(self, priority: Priority, size: int) -> None:
+        """So many bytes came."""
+        self._stats.fetched_bytes += size
+        self._totals.fetched(priority, size)
+
     def _end(self, unit: int) -> int:
         return self._blob.extent(unit)[1]
 
-    def _write(self, flight: Flight, offset: int, data: bytes) -> None:
-        if not flight.whole:
-            self._blob.write(offset, data)
+    def _check_use(self, flight: Flight) -> None:
+        """Raise DiskFull if the disk takes nothing and memory helps nobody who waits.
+
+        A little more than was asked for is brought nevertheless: a next read may want it.
+        """
+        if flight.position > flight.last:
             return
-        # a unit that is there may be in use: the same bytes once more could be other ones
-        view, end = memoryview(data), offset + len(data)
-        unit = flight.position
-        while unit < self._blob.units and self._blob.extent(unit)[0] < end:
-            start, stop = self._blob.extent(unit)
-            start, stop = max(start, offset), min(stop, end)
-            if start < stop and not self._blob.present[unit]:
-                self._blob.write(start, view[start - offset : stop - offset])
-            unit += 1
+        left = self._end(flight.last) - self._blob.extent(flight.position)[0]
+        if flight.priority is Priority.DEMAND and left <= limits.HELD_RANGE_BYTES:
+            return
+        with self._lock:
+            for unit in range(flight.position, flight.last + 1):
+                if any(not waiter.stored for waiter in self._waiters.get(unit, ())):
+                    return
+        raise DiskFull("the disk takes nothing", subject=self.name)
 
     def _join(self, flight: Flight, other: Flight) -> None:
         """Another flight already streams the whole blob: leave the units to it."""
@@ -306,7 +338,7 @@ class Fetcher:
             with self._lock:
                 other.awaited = max(other.awaited, flight.last)
                 gone = self._plan.whole is not other
-            if self._blob.present[flight.position]:
+            if self._blob.here(flight.position):
                 self._land(flight)
             elif gone:
                 raise NetworkError("the stream of the whole blob broke", subject=self.name)
@@ -355,4 +387,4 @@ class _Units:
         self.is_member = blob.is_member
 
     def stored(self, unit: int) -> bool:
-        return self._blob.present[unit]
+        return self._blob.here(unit)

@@ -75,6 +75,8 @@ class FlightPlan:
     def __init__(self, units: Units, pace: Pace) -> None:
         self._units = units
         self._pace = pace
+        self.widest = limits.DEMAND_RANGE_MAX_BYTES
+        """Bytes of one range on demand, at most."""
         self._flights: list[Flight] = []
         self._window = 0
         self._recent_ends: list[int] = []
@@ -131,7 +133,7 @@ class FlightPlan:
     def _depart(self, unit: int, priority: Priority, at_most: int | None = None) -> Flight:
         recent = any(end < unit <= end + 2 for end in self._recent_ends)
         base = self._pace.window
-        self._window = min(self._window * 2, limits.DEMAND_RANGE_MAX_BYTES) if recent else base
+        self._window = min(self._window * 2 if recent else base, self.widest)
         bound = self._units.units - 2 if at_most is None else at_most
         last = self._extend(unit, max(unit, bound), self._window)
         self._recent_ends = [*self._recent_ends[-7:], last]
@@ -161,13 +163,19 @@ class FlightPlan:
 
 
 class Waiter:
-    """Somebody who waits for ``count`` units; ``done`` is called once, with the first error."""
+    """Somebody who waits for ``count`` units; ``done`` is called once, with the first error.
 
-    __slots__ = ("_count", "_done", "error")
+    ``stored`` says that units in memory are of no use: they have to be on the disk.
+    """
 
-    def __init__(self, count: int, done: Callable[[Exception | None], None]) -> None:
+    __slots__ = ("_count", "_done", "error", "stored")
+
+    def __init__(
+        self, count: int, done: Callable[[Exception | None], None], *, stored: bool = False
+    ) -> None:
         self._count = count
         self._done = done
+        self.stored = stored
         self.error: Exception | None = None
 
     def arrived(self, error: Exception | None) -> Callable[[], None] | None:

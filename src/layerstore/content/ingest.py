@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from layerstore import limits
 from layerstore.content.layermap import Chunk, FileContent, LayerMap
@@ -51,18 +51,30 @@ class Ingester:
         if error is not None:
             raise error
 
-    def take(self, member: int, data: bytes | Readable, wanted: int = -1) -> memoryview | None:
+    def take(
+        self, member: int, data: bytes | Readable, wanted: Collection[int] = ()
+    ) -> dict[int, memoryview]:
         """Verify and store the chunks of a member, given its compressed bytes.
 
-        They come as a stream where the member ``is_long``.  Gives the contents of chunk
-        ``wanted`` if it is one of them.  Raises InvalidLayer, LimitExceeded, VerificationError,
-        StorageError.
+        They come as a stream where the member ``is_long``.  Gives the contents of those
+        chunks in ``wanted`` that are in it.  What the disk does not take is shelved, from the
+        first wanted chunk on to a little beyond the last one; the rest is left alone then.
+
+        Raises InvalidLayer, LimitExceeded, VerificationError; OSError of the stream.
         """
-        found = None
+        found: dict[int, memoryview] = {}
+        beyond = 0
         for number, chunk, payload in self._verified(member, data):
-            self._keep(number, chunk, payload)
-            if number == wanted:
-                found = payload
+            if number in wanted:
+                found[number] = payload
+            if self._kept(number, chunk, payload):
+                continue
+            if found or not wanted:
+                self._objects.shelf.put(chunk.digest, payload)
+            if len(found) == len(wanted):
+                beyond += len(payload)
+                if beyond > limits.HELD_AHEAD_BYTES:
+                    break
         return found
 
     def check_member(self, member: int, data: bytes | Readable) -> None:
@@ -97,10 +109,18 @@ class Ingester:
                 raise VerificationError(f"chunk {number} does not have its announced digest")
             yield number, chunk, payload
 
-    def _keep(self, number: int, chunk: Chunk, payload: memoryview) -> None:
+    def _kept(self, number: int, chunk: Chunk, payload: memoryview) -> bool:
+        """Store a verified chunk; False if the disk does not take it."""
         content = self._map.content(self._map.chunk_owner(number))
         if content is None:
-            return
+            return True
+        try:
+            self._store(number, chunk, payload, content)
+        except StorageError:
+            return False
+        return True
+
+    def _store(self, number: int, chunk: Chunk, payload: memoryview, content: FileContent) -> None:
         if content.plain:
             self._objects.put(content.key, payload)
             return
@@ -118,16 +138,16 @@ class Ingester:
     def partial(self, content: FileContent) -> PartialObject | None:
         """The object that fills up with this file's chunks, made if need be; holes are there.
 
-        None if the whole file is an object already.
+        None if the whole file is an object already.  Raises StorageError.
         """
         partial = self._objects.partial(
             content.key, content.size, content.chunk_count, content.digest, create=True
         )
         if partial is not None and partial.fresh:
-            partial.fresh = False
             for number in range(content.chunk_count):
                 if self._map.chunk(content.first_chunk + number).hole:
                     partial.present.set(number)
+            partial.fresh = False
         return partial
 
     def _complete_object(self, key: bytes, partial: PartialObject, digest: bytes) -> None:

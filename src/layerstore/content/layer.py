@@ -9,12 +9,12 @@ cost no more than storing bytes, and only verified bytes are ever shown.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Final
 
 from layerstore import limits
 from layerstore.content.blob import BlobFile
@@ -24,16 +24,16 @@ from layerstore.content.ingest import Ingester
 from layerstore.content.layermap import FileContent, LayerMap
 from layerstore.content.objects import ObjectStore, PartialObject
 from layerstore.content.outages import Outages
+from layerstore.content.refused import RefusedUnits
 from layerstore.content.scheduler import Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
-from layerstore.errors import ContentError, LayerstoreError, VerificationError
+from layerstore.content.unstored import UnstoredFetcher
+from layerstore.errors import ContentError, LayerstoreError, StorageError, VerificationError
 from layerstore.formats.compression import Readable
 from layerstore.formats.members import MemberCodec
 
 _log = logging.getLogger(__name__)
-
-_TRIES: Final = 2  # bytes that are wrong are fetched once more, at once
 
 
 class LayerContent:
@@ -69,24 +69,22 @@ class LayerContent:
         self.name = name
         self.stats = LayerStats(total_bytes=size)
         self._map = layer_map
-        self._blob = BlobFile(path, layer_map, size, toc_offset)
+        self._disk = objects.disk
+        self._shelf = objects.shelf
+        self._blob = BlobFile(path, layer_map, size, toc_offset, self._disk, self._shelf)
         self._digest = digest
         self._objects = objects
         self._totals = stats
         self._ingester = Ingester(name, layer_map, codec, objects, scheduler, self.stats, stats)
         self._fetcher = Fetcher(
-            name,
-            self._blob,
-            scheduler,
-            source,
-            self.stats,
-            stats,
-            outages,
-            places,
-            patience,
+            name, self._blob, scheduler, source, self.stats, stats, outages, places, patience
         )
+        self._refused = RefusedUnits(name, self.stats, stats, distrust)
+        self._unstored = UnstoredFetcher(
+            layer_map, source, self._blob, self._fetcher, self._ingester, scheduler,
+            self._refused, self._missing,
+        )  # fmt: skip
         self._needed = bytearray(self._blob.units)
-        self._distrust = distrust
         self._verified = verified and self._blob.present.full
         self._verifying = threading.Lock()
         self._refusing = threading.Lock()
@@ -95,7 +93,6 @@ class LayerContent:
         self._wrong_blob = ""  # the digest last seen of wrong bytes that fit the TOC
         self._again = False  # wrong bytes are being fetched once more, at once
         self._blob_error: VerificationError | None = None
-        self._refused: dict[int, tuple[int, float, ContentError]] = {}
 
     # -- reading what is here --------------------------------------------------
 
@@ -108,50 +105,105 @@ class LayerContent:
         file = self._stored(entry, content, offset, size, wait=False)
         return None if file is None else file.read_cached(offset, size)
 
-    def read_stored(self, entry: int, offset: int, size: int) -> bytes | None:
+    def read_stored(self, entry: int, offset: int, size: int) -> bytes | bytearray | None:
         """The bytes if they are stored, waiting for the disk; else None."""
         content = self._map.content(entry)
         if content is None or offset >= content.size or size <= 0:
             return b""
         size = min(size, content.size - offset)
         file = self._stored(entry, content, offset, size)
-        if file is None:
-            return self._materialize(entry, content, offset, size)
-        data = file.read(offset, size)
-        if len(data) != size:
-            # a truncated object: drop it, the next read makes it anew
-            self._objects.discard(content.digest or content.key)
-            return None
-        return data
+        if file is not None:
+            data = self._read_file(file, content, offset, size)
+            if data is not None:
+                return data
+        return self._materialize(entry, content, offset, size)
+
+    def _read_file(
+        self, file: OpenFile, content: FileContent, offset: int, size: int
+    ) -> bytes | None:
+        """Bytes of an object; one that is too short or cannot be read is dropped."""
+        try:
+            data = file.read(offset, size)
+        except OSError as error:
+            _log.warning("event=file-unreadable layer=%s error=%s", self.name, error.strerror)
+            data = b""
+        if len(data) == size:
+            return data
+        self._objects.discard(content.digest or content.key)
+        self._objects.discard_partial(content.key)
+        return None
 
     def _materialize(
         self, entry: int, content: FileContent, offset: int, size: int
-    ) -> bytes | None:
-        """Make objects of stored members and read from them; None if members are missing."""
-        chunks = self._absent_chunks(entry, content, offset, size)
-        units = {self._map.chunk(number).member + 1: number for number in chunks}
-        if not all(self._blob.present[unit] for unit in units):
-            return None
-        payload: memoryview | None = None
-        for unit, number in units.items():
-            payload = self._take(unit, number)
-        if content.plain and payload is not None:
-            return bytes(payload[offset : offset + size])
-        file = self._stored(entry, content, offset, size)
-        return None if file is None else file.read(offset, size)
+    ) -> bytes | bytearray | None:
+        """Take the chunks out of stored members; None if members are missing.
 
-    def _take(self, unit: int, number: int) -> memoryview | None:
-        data = self._unit(unit)
+        They become objects where the disk takes them.
+        """
+        partial = None if content.plain else self._partial(content)
+        found: dict[int, bytes | memoryview] = {}
+        units: dict[int, list[int]] = {}
+        for number in self._missing_chunks(entry, content, partial, offset, size):
+            chunk = self._map.chunk(number)
+            shelved = self._shelf.get(chunk.digest)
+            if shelved is None:
+                units.setdefault(chunk.member + 1, []).append(number)
+            else:
+                found[number] = shelved
+        if not all(self._blob.here(unit) for unit in units):
+            return None
+        for unit, numbers in units.items():
+            taken = self._take(unit, numbers)
+            if taken is None:
+                return None
+            found |= taken
+        return self._assembled(entry, content, partial, found, offset, size)
+
+    def _assembled(
+        self,
+        entry: int,
+        content: FileContent,
+        partial: PartialObject | None,
+        found: dict[int, bytes | memoryview],
+        offset: int,
+        size: int,
+    ) -> bytearray | None:
+        """A range of a file out of chunks, holes, and what the partial object has."""
+        whole = bytearray(size)
+        for number in self._map.chunks_between(entry, offset, offset + size):
+            chunk = self._map.chunk(number)
+            start = max(offset, chunk.file_offset)
+            stop = min(offset + size, chunk.file_offset + chunk.size)
+            if chunk.hole:
+                continue
+            piece: bytes | memoryview | None = found.get(number)
+            if piece is not None:
+                piece = piece[start - chunk.file_offset : stop - chunk.file_offset]
+            elif partial is not None:
+                piece = self._read_file(partial.file, content, start, stop - start)
+            if piece is None:
+                return None
+            whole[start - offset : stop - offset] = piece
+        return whole
+
+    def _take(self, unit: int, numbers: Collection[int]) -> dict[int, memoryview] | None:
+        """The contents of these chunks of a unit; None if it cannot be read any more."""
         try:
-            return self._ingester.take(unit - 1, data, number)
+            data = self._unit(unit)
+            return self._ingester.take(unit - 1, data, numbers)
         except ContentError as error:
             self._refuse(unit, data, error)
             raise
+        except OSError as error:
+            self._blob.discard(unit)
+            _log.warning("event=file-unreadable layer=%s error=%s", self.name, error.strerror)
+            return None
 
     def _unit(self, unit: int) -> bytes | Readable:
+        held = self._blob.held(unit)
         if self._ingester.is_long(unit - 1):
-            return self._blob.stream_unit(unit)
-        return self._blob.read_unit(unit)
+            return self._blob.stream_unit(unit) if held is None else io.BytesIO(held)
+        return self._blob.read_unit(unit) if held is None else held
 
     def _refuse(self, unit: int, data: bytes | Readable, error: ContentError) -> None:
         """Stored bytes are wrong: forget them, and remember for a moment that they were.
@@ -159,30 +211,13 @@ class LayerContent:
         Of several readers only the first counts: others may come when better ones are here.
         """
         with self._refusing:
-            if not self._blob.present[unit]:
+            if not self._blob.here(unit):
                 return
-            if isinstance(data, bytes) and self._blob.read_unit(unit) != data:
+            if isinstance(data, bytes) and self._unit(unit) != data:
                 return
             self._blob.discard(unit)
             self._verified = False
-            count = self._refused.get(unit, (0, 0.0, error))[0] + 1
-            self._refused[unit] = (count, time.monotonic(), error)
-            self.stats.failed_units += 1
-            self._totals.failed_units += 1
-        self._distrust()
-        _log.error("event=bytes-refused layer=%s unit=%d error=%s", self.name, unit, error)
-
-    def _recent_refusal(self, units: Iterable[int]) -> ContentError | None:
-        """The error of a unit that was wrong twice a moment ago: a third try must wait."""
-        for unit in units:
-            count, when, error = self._refused.get(unit, (0, 0.0, None))
-            if error is None:
-                continue
-            if time.monotonic() - when > limits.FAILURE_SECONDS:
-                self._refused.pop(unit, None)
-            elif count >= _TRIES:
-                return error
-        return None
+        self._refused.add(unit, error)
 
     def read_blob(self, offset: int, size: int) -> bytes | None:
         """Bytes of the compressed blob, once all of it is here and verified; else None."""
@@ -205,10 +240,9 @@ class LayerContent:
                     self._touch(number)
                 return complete
         partial = partial or self._partial(content)
-        if not self._missing_chunks(entry, content, partial, offset, size):
-            partial = partial or self._ingester.partial(content)  # all of it is holes
-            if partial is not None:
-                return partial.file
+        missing = self._missing_chunks(entry, content, partial, offset, size)
+        if partial is not None and not missing:
+            return partial.file
         # it may have become whole meanwhile
         return self._objects.open(content.digest, wait=wait) if content.digest else None
 
@@ -247,34 +281,68 @@ class LayerContent:
 
     # -- fetching --------------------------------------------------------------
 
-    def fetch(self, entry: int, offset: int, size: int, done: Done) -> None:
-        """Bring the range here; ``done(error or None)`` is called once, from any thread."""
+    def fetch(
+        self, entry: int, offset: int, size: int, done: Done, *, tries: int = limits.HELD_TRIES
+    ) -> None:
+        """Bring the range here; ``done(error or None)`` is called once, from any thread.
+
+        What the disk does not take is in memory then, until ``done`` returns.
+        """
         try:
-            missing = self._missing_units(entry, offset, size)
+            absent = self._absent(entry, offset, size)
+            missing = self._missing(absent)
+            self._refused.check(missing)
         except (LayerstoreError, OSError) as error:
             done(error)
             return
-        self._fetcher.demand(missing, done)
+        in_memory = self._disk.full
 
-    def _missing_units(self, entry: int, offset: int, size: int) -> list[int]:
-        """The units to fetch for the range; raises what refuses the file or fails at the disk."""
+        def arrived(error: Exception | None) -> None:
+            if error is None:
+                again = self._disk.full and (
+                    not in_memory or bool(self._missing(self._absent(entry, offset, size)))
+                )
+            else:
+                again = isinstance(error, StorageError)
+            if again and tries:
+                self.fetch(entry, offset, size, done, tries=tries - 1)
+            else:
+                done(error)
+
+        if not absent:
+            done(None)
+        elif in_memory:
+            self._unstored.bring(absent, arrived)
+        else:
+            self._fetcher.demand(missing, arrived)
+
+    def _absent(self, entry: int, offset: int, size: int) -> dict[int, list[int]]:
+        """Chunks of the range that are not on the disk, by unit.
+
+        Raises what refuses the file or fails at the disk.
+        """
         content = self._map.content(entry)
         if content is None or offset >= content.size:
-            return []
+            return {}
         size = min(size, content.size - offset)
         if self._stored(entry, content, offset, size) is not None:
-            return []
-        chunks = self._absent_chunks(entry, content, offset, size)
-        units = {self._map.chunk(number).member + 1 for number in chunks}
-        missing = sorted(unit for unit in units if not self._blob.present[unit])
-        refusal = self._recent_refusal(missing)
-        if refusal is not None:
-            raise refusal
-        return missing
-
-    def _absent_chunks(self, entry: int, content: FileContent, offset: int, size: int) -> list[int]:
+            return {}
+        absent: dict[int, list[int]] = {}
         partial = None if content.plain else self._partial(content)
-        return self._missing_chunks(entry, content, partial, offset, size)
+        for number in self._missing_chunks(entry, content, partial, offset, size):
+            unit = self._map.chunk(number).member + 1
+            if not self._blob.present[unit]:
+                absent.setdefault(unit, []).append(number)
+        return absent
+
+    def _missing(self, absent: Mapping[int, Collection[int]]) -> list[int]:
+        """The units of which some of these chunks are not in memory either."""
+        return sorted(
+            unit
+            for unit, chunks in absent.items()
+            if not self._blob.here(unit)
+            and not all(self._map.chunk(number).digest in self._shelf for number in chunks)
+        )
 
     def fetch_blob(self, done: Done) -> None:
         """Bring the whole blob here and verify it; ``done`` as for fetch()."""
@@ -300,8 +368,16 @@ class LayerContent:
             for done in waiting:
                 done(error)
 
+        try:
+            self._disk.check()
+            self._blob.store_held()
+        except StorageError as error:
+            arrived(error)
+            return
         self._fetcher.demand(
-            [unit for unit in range(self._blob.units) if not self._blob.present[unit]], arrived
+            [unit for unit in range(self._blob.units) if not self._blob.present[unit]],
+            arrived,
+            stored=True,
         )
 
     def prefetch(self, end: int) -> None:
@@ -316,6 +392,8 @@ class LayerContent:
 
         Raises what the registry or the disk raised.
         """
+        self._disk.check()
+        self._blob.store_held()
         error = self._fetcher.sweep()
         if error is not None:
             raise error
@@ -347,19 +425,10 @@ class LayerContent:
         return self._blob.stored_bytes
 
     def seed(self, end: bytes) -> None:
-        """Take over the last bytes of the blob, which were read to resolve the layer."""
+        """Take over the last bytes of the blob, which were read to resolve it: see BlobFile."""
         self.stats.fetched_bytes += len(end)
         self._totals.resolved(len(end))
-        start = self._blob.size - len(end)
-        view = memoryview(end)
-        for unit in range(self._blob.units - 1, -1, -1):
-            offset, stop = self._blob.extent(unit)
-            if offset < start:
-                return
-            if self._blob.present[unit]:
-                continue
-            self._blob.write(offset, view[offset - start : stop - start])
-            self._blob.mark(unit)
+        self._blob.seed(end)
 
     # -- verification ----------------------------------------------------------
 
@@ -373,12 +442,19 @@ class LayerContent:
                 return True
             if self._blob_error is not None:
                 raise self._blob_error
-            actual = self._blob.sha256()
-            if actual == self._digest:
-                self._blob.sync()  # this is remembered, even after a power failure
-                self._objects.ledger.stamp(self._blob.file.fd)
-                self._verified = True
-                return True
+            try:
+                actual = self._blob.sha256()
+                if actual == self._digest:
+                    self._blob.sync()  # this is remembered, even after a power failure
+                    self._objects.ledger.stamp(self._blob.file.fd)
+                    self._verified = True
+                    return True
+            except OSError as caught:
+                self._drop_unreadable()
+                raise self._disk.failed(caught, "cannot read", self._blob.path) from caught
+            except StorageError:
+                self._drop_unreadable()
+                raise
             damaged = self._scrub()
             before, self._wrong_blob = self._wrong_blob, "" if damaged else actual
             twice = not damaged and actual == before
@@ -396,6 +472,15 @@ class LayerContent:
             _log.error("event=blob-refused layer=%s error=%s", self.name, self._blob_error)
             self._totals.failed_units += 1
             raise error
+
+    def _drop_unreadable(self) -> None:
+        """The disk failed: forget what is not verifiably on it.  This is nobody else's fault."""
+        for unit in range(self._blob.units):
+            with contextlib.suppress(ContentError, OSError):
+                if self._blob.is_member(unit):
+                    self._ingester.check_member(unit - 1, self._unit(unit))
+                    continue
+            self._blob.discard(unit)
 
     def _scrub(self) -> bool:
         """Forget the members that do not fit the TOC, else all of the blob; whether there were any."""

@@ -23,6 +23,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -65,6 +66,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._dirty = False
         self.failed = False
+        self.when_failed: Callable[[OSError], None] = lambda _: None
+        """Called when a sync failed, with its error."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._boot = _boot_id()
@@ -151,6 +154,7 @@ class Ledger:
                 number = ctypes.get_errno()
                 self.failed = self._dirty = True
                 self._suspect_more(done)
+                self.when_failed(OSError(number, os.strerror(number)))
                 raise StorageError(f"cannot sync: {os.strerror(number)}", subject=str(self._path))
             self._synced = done
             self._write(clean=clean)

@@ -14,6 +14,7 @@ out, gives them again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -26,8 +27,10 @@ from typing import Self
 
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
+from layerstore.content.disk import Disk
 from layerstore.content.files import OpenFile, OpenFiles
 from layerstore.content.ledger import Ledger
+from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError, VerificationError
 
 _log = logging.getLogger(__name__)
@@ -39,38 +42,50 @@ _VERIFYING = 16  # locks that keep several readers from verifying one object
 class PartialObject:
     """A file of ``chunks`` chunks that is being filled."""
 
-    def __init__(self, path: Path, size: int, chunks: int) -> None:
+    def __init__(self, path: Path, size: int, chunks: int, disk: Disk) -> None:
         self.path = path
+        self._disk = disk
         self.map_path = path.with_name(path.name + ".map")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.file = OpenFile(fd)
         if os.fstat(fd).st_size != size:
             self.map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
             os.ftruncate(fd, size)
-        self.present = Bitmap(self.map_path, chunks)
+        self.present = Bitmap(self.map_path, chunks, disk)
         self.fresh = self.present.missing == chunks
         """Nothing is in it yet; whoever fills it says when that is not so any more."""
 
     def write(self, number: int, offset: int, data: bytes | memoryview) -> bool:
-        """Store a verified chunk; True if it was the last one missing."""
-        _write_all(self.file.fd, data, offset)
+        """Store a verified chunk; True if it was the last one missing.
+
+        Raises StorageError, DiskFull when the disk takes nothing.
+        """
+        self._disk.check()
+        try:
+            _write_all(self.file.fd, data, offset)
+        except OSError as error:
+            raise self._disk.failed(error, "cannot write", self.path) from error
         return self.present.set(number) and self.present.full
 
 
 class ObjectWriter:
     """An object under way; forgotten unless it is published.  Raises StorageError."""
 
-    def __init__(self, temporary: str, path: Callable[[bytes], str], ledger: Ledger) -> None:
+    def __init__(
+        self, temporary: str, path: Callable[[bytes], str], disk: Disk, ledger: Ledger
+    ) -> None:
         self._temporary = temporary
         self._path = path
+        self._disk = disk
         self._ledger = ledger
 
     def __enter__(self) -> Self:
+        self._disk.check()
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self._temporary, flags, 0o600)
         except OSError as error:
-            raise StorageError(f"cannot store: {error.strerror}") from error
+            raise self._disk.failed(error, "cannot store", self._temporary) from error
         self._size = 0
         return self
 
@@ -83,7 +98,7 @@ class ObjectWriter:
         try:
             _write_all(self._fd, data, self._size)
         except OSError as error:
-            raise StorageError(f"cannot store: {error.strerror}") from error
+            raise self._disk.failed(error, "cannot store", self._temporary) from error
         self._size += len(data)
 
     def publish(self, digest: bytes) -> None:
@@ -95,16 +110,20 @@ class ObjectWriter:
             self._ledger.stamp(self._fd)
             os.rename(self._temporary, target)
         except OSError as error:
-            raise StorageError(f"cannot store: {error.strerror}", subject=target) from error
+            raise self._disk.failed(error, "cannot store", target) from error
 
 
 class ObjectStore:
     """The directory of objects and partial objects below ``root``.
 
-    Methods raise StorageError when the local disk fails.  Thread-safe.
+    ``disk`` tells whether it takes what is written, ``shelf`` holds what it did not take.
+    Methods raise StorageError when the local disk fails, DiskFull when it takes nothing.
+    Thread-safe.
     """
 
     def __init__(self, root: Path) -> None:
+        self.disk = Disk(root / "tmp")
+        self.shelf = Shelf()
         self._objects = os.fspath(root / "objects")
         self._partial = root / "partial"
         self._temporary = os.fspath(root / "tmp")
@@ -113,6 +132,7 @@ class ObjectStore:
         self._partials: OrderedDict[bytes, PartialObject] = OrderedDict()
         self._lock = threading.Lock()
         self._verifying = tuple(threading.Lock() for _ in range(_VERIFYING))
+        self._unusable: set[bytes] = set()  # damaged files that the disk did not let go of
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.path.exists(self._objects):
@@ -120,6 +140,7 @@ class ObjectStore:
             self._partial.mkdir(mode=0o700, exist_ok=True)
             os.makedirs(self._temporary, mode=0o700, exist_ok=True)
             self.ledger = Ledger(root)
+            self.ledger.when_failed = self._sync_failed
             self._drop_stale()
         except OSError as error:
             raise StorageError(f"cannot prepare: {error.strerror}", subject=str(root)) from error
@@ -137,6 +158,15 @@ class ObjectStore:
         for entry in stale:
             os.unlink(entry.path)
 
+    def _sync_failed(self, error: OSError) -> None:
+        """What was written of late may be in memory only: nobody goes on with it unverified."""
+        self.disk.failed(error, "cannot sync", self._objects)
+        self._open.clear()
+        with self._lock:
+            unfinished = list(self._partials)
+        for key in unfinished:
+            self.discard_partial(key)
+
     def path(self, digest: bytes) -> str:
         """Where the object with this SHA-256 lives, if it is there."""
         name = digest.hex()
@@ -147,6 +177,8 @@ class ObjectStore:
 
         One that is suspect is verified before, which takes its time: None if not to ``wait``.
         """
+        if digest in self._unusable:
+            return None
         return self._open.get(digest, lambda: self._opened(digest, wait=wait))
 
     def _opened(self, digest: bytes, *, wait: bool) -> int:
@@ -167,25 +199,27 @@ class ObjectStore:
 
     def _verify(self, digest: bytes, fd: int) -> bool:
         """Whether a suspect object is right; it goes if not."""
-        if not self.ledger.failed and _sha256(fd) == digest:
-            self.ledger.stamp(fd)
+        if not self.ledger.failed and _is_intact(fd, digest):
+            with contextlib.suppress(OSError):  # it stays suspect on a disk that is read only
+                self.ledger.stamp(fd)
             return True
         _log.warning("event=object-damaged object=%s", digest.hex())
         if os.path.exists(path := self.path(digest)) and os.path.samestat(
             os.stat(path), os.fstat(fd)
         ):
-            os.unlink(path)
+            self.discard(digest)
         return False
 
     def has(self, digest: bytes) -> bool:
         """Whether the complete object is there."""
-        return os.path.exists(self.path(digest))
+        return os.path.exists(self.path(digest)) and digest not in self._unusable
 
     def put(self, digest: bytes, data: bytes | memoryview) -> None:
         """Store a complete object whose SHA-256 the caller has checked."""
         target = self.path(digest)
-        if self.ledger.trusts(target):
+        if self.ledger.trusts(target) and digest not in self._unusable:
             return
+        self.disk.check()
         temporary = f"{self._temporary}/{next(self._counter):x}"
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -197,11 +231,14 @@ class ObjectStore:
             os.rename(temporary, target)
         except OSError as error:
             _unlink_quietly(temporary)
-            raise StorageError(f"cannot store: {error.strerror}", subject=target) from error
+            raise self.disk.failed(error, "cannot store", target) from error
+        self._unusable.discard(digest)
 
     def writer(self) -> ObjectWriter:
         """A large object that comes piece by piece; a context manager."""
-        return ObjectWriter(f"{self._temporary}/{next(self._counter):x}", self.path, self.ledger)
+        return ObjectWriter(
+            f"{self._temporary}/{next(self._counter):x}", self.path, self.disk, self.ledger
+        )
 
     def known_partial(self, key: bytes) -> PartialObject | None:
         """The partial object if it is open already; never touches the disk."""
@@ -213,22 +250,28 @@ class ObjectStore:
     ) -> PartialObject | None:
         """The partial object with chunk-list identity ``key``.
 
-        None if it is absent and not to be created, or is the object ``digest`` already.
+        None if it is absent or unusable and not to be created, or is the object ``digest``
+        already.
         """
         with self._lock:
             found = self._partials.get(key)
             if found is not None:
                 self._partials.move_to_end(key)
                 return found
-            if digest is not None and os.path.exists(self.path(digest)):
+            if digest is not None and self.has(digest):
                 return None
             path = self._partial / key.hex()
             try:
-                if not create and not path.exists():
-                    return None
-                found = PartialObject(path, size, chunks)
+                if key in self._unusable or not path.exists():
+                    if not create:
+                        return None
+                    self.disk.check()
+                    self._remove_partial(key)
+                found = PartialObject(path, size, chunks, self.disk)
             except OSError as error:
-                raise StorageError(f"cannot open: {error.strerror}", subject=str(path)) from error
+                if create:
+                    raise self.disk.failed(error, "cannot open", path) from error
+                return None
             self._partials[key] = found
             while len(self._partials) > limits.OPEN_OBJECTS:
                 self._partials.popitem(last=False)
@@ -241,10 +284,14 @@ class ObjectStore:
         list and file digest of the TOC contradict each other.  The partial
         object is forgotten then.
         """
-        found = _sha256(partial.file.fd)
-        matches = found == digest
-        if matches:
-            self.ledger.stamp(partial.file.fd)
+        try:
+            found = _sha256(partial.file.fd)
+            matches = found == digest
+            if matches:
+                self.ledger.stamp(partial.file.fd)
+        except OSError as error:
+            self.discard_partial(key)
+            raise self.disk.failed(error, "cannot read", partial.path) from error
         with self._lock:
             self._partials.pop(key, None)
             try:
@@ -256,9 +303,7 @@ class ObjectStore:
             except FileNotFoundError:
                 return  # another layer with the same file was faster
             except OSError as error:
-                raise StorageError(
-                    f"cannot publish: {error.strerror}", subject=str(partial.path)
-                ) from error
+                raise self.disk.failed(error, "cannot publish", partial.path) from error
         if not matches:
             raise VerificationError(
                 f"file has SHA-256 {found.hex()} instead of {digest.hex()}",
@@ -269,10 +314,32 @@ class ObjectStore:
     def discard(self, digest: bytes) -> None:
         """Remove an object that turned out to be damaged."""
         self._open.drop(digest)
-        _unlink_quietly(self.path(digest))
+        try:
+            os.unlink(self.path(digest))
+        except FileNotFoundError:
+            return
+        except OSError:
+            self._unusable.add(digest)
+
+    def discard_partial(self, key: bytes) -> None:
+        """Remove a partial object that turned out to be damaged."""
+        with self._lock:
+            partial = self._partials.pop(key, None)
+            if partial is not None:
+                partial.present.forget()
+            try:
+                self._remove_partial(key)
+            except OSError:
+                self._unusable.add(key)
+
+    def _remove_partial(self, key: bytes) -> None:
+        for name in (f"{key.hex()}.map", key.hex()):  # no bit may outlive its bytes
+            (self._partial / name).unlink(missing_ok=True)
+        self._unusable.discard(key)
 
     def close(self) -> None:
         """Let go of all open files."""
+        self.disk.close()
         self.ledger.close()
         self._open.clear()
         with self._lock:
@@ -286,6 +353,13 @@ def _sha256(fd: int) -> bytes:
         hasher.update(piece)
         offset += len(piece)
     return hasher.digest()
+
+
+def _is_intact(fd: int, digest: bytes) -> bool:
+    try:
+        return _sha256(fd) == digest
+    except OSError:
+        return False
 
 
 def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -7,6 +7,7 @@ beyond that chain.  A layer of which anything is false is quarantined for good.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -29,6 +30,7 @@ from layerstore.content import (
 )
 from layerstore.errors import (
     ContentError,
+    DiskFull,
     ServiceError,
     StorageError,
     UnsupportedFormat,
@@ -111,6 +113,8 @@ class Layers:
         self._open: dict[int, Layer] = {}
         self._opening: dict[int, threading.Lock] = {}
         self._completing: set[int] = set()
+        self._paused: set[int] = set()  # those of them that wait for room on the disk
+        objects.disk.when_back(self._go_on)
         self._verifier = Verifier(self._verify)
         for view in state.views():
             if view.reference:
@@ -205,14 +209,11 @@ class Layers:
             verified=self._state.is_complete(record.slot) and self._trusts(directory / "blob"),
         )
         end = directory / "end"
-        try:
+        # what the disk does not give or take now is taken over another time, or fetched
+        with contextlib.suppress(OSError, StorageError):
             if self._trusts(end):
                 content.seed(end.read_bytes())
             end.unlink()
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise StorageError(f"cannot read: {error.strerror}", subject=str(end)) from error
         if self._state.is_complete(record.slot) and not content.complete:
             if content.filled:
                 _log.warning("event=layer-suspect layer=%s", record.blob_digest)
@@ -289,6 +290,12 @@ class Layers:
             return
         try:
             more = self.open(slot).content.complete_step()
+        except DiskFull:
+            with self._lock:
+                self._paused.add(slot)
+            if not self._objects.disk.full:
+                self._go_on()  # it was back before this layer was among those that wait
+            return
         except Exception as error:  # whatever it was, the layer is not given up
             if self._doubt(slot):
                 return
@@ -307,6 +314,13 @@ class Layers:
         with self._lock:
             self._completing.discard(slot)
         self.mark_complete(slot)
+
+    def _go_on(self) -> None:
+        """The disk takes writes again."""
+        with self._lock:
+            paused, self._paused = self._paused, set()
+        for slot in paused:
+            self._queue_step(slot, limits.BACKGROUND_RETRY_SECONDS)
 
     def mark_complete(self, slot: int) -> None:
         """Remember that the layer needs no registry any more, and have it checked."""

@@ -130,7 +130,7 @@ def ingest_layer(
         if plain.compression() is Compression.GZIP:
             write_checkpoints(plain.points(), directory / "checkpoints")
         with LayerIndex.open(directory / "index") as opened:
-            stored = BlobFile(path, opened, size, size)
+            stored = BlobFile(path, opened, size, size, objects.disk, objects.shelf)
             for unit in range(stored.units):
                 stored.mark(unit)
             objects.ledger.stamp(stored.file.fd)

@@ -465,6 +465,7 @@ class Store:
             "ingests": self.ingests.status(),
             "content": self.layers.stats.as_dict(),
             "outages": self._outages.status(),
+            "disk": self._objects.disk.as_dict() | {"held_bytes": self._objects.shelf.size},
             "registry": {
                 "requests": self._client.stats.requests,
                 "received_bytes": self._client.stats.bytes,

@@ -173,21 +173,40 @@ class Lab:
     reopen: Callable[[], LayerContent]
 
     def read(self, entry: int, offset: int = 0, size: int | None = None) -> bytes:
-        """Read as the file system does: what is here, else fetch and read."""
+        """Read as the file system does: what is here, else fetch and read before it may go."""
         size = len(self.layer.files[entry]) if size is None else size
-        data = None
-        for last in (False, False, True):
-            try:
-                data = self.content.read_stored(entry, offset, size)
-            except ContentError:
-                if last:
-                    raise
+        try:
+            data = self.content.read_stored(entry, offset, size)
+        except ContentError:
+            data = None
+        for last in (False, True):
             if data is not None:
-                return data
-            error = self.fetch(entry, offset, size)
-            if error is not None:
-                raise error
-        raise AssertionError("fetched, but not there")
+                return bytes(data)
+            results: list[bytes | bytearray | Exception | None] = []
+            ended = threading.Event()
+
+            def finish(
+                error: Exception | None,
+                results: list[bytes | bytearray | Exception | None] = results,
+                ended: threading.Event = ended,
+            ) -> None:
+                try:
+                    results.append(error or self.content.read_stored(entry, offset, size))
+                except ContentError as wrong:
+                    results.append(wrong)
+                ended.set()
+
+            self.content.fetch(entry, offset, size, finish)
+            assert ended.wait(20), "the fetch never ended"
+            (result,) = results
+            if isinstance(result, Exception):
+                if last or not isinstance(result, ContentError):
+                    raise result
+            else:
+                data = result
+        if data is None:
+            raise AssertionError("fetched, but not there")
+        return bytes(data)
 
     def fetch(self, entry: int, offset: int = 0, size: int = 1) -> Exception | None:
         done = threading.Event()

@@ -129,7 +129,7 @@ class Layer:
             assert done.wait(20)
         found = self.content.read_stored(entry, offset, size)
         assert found is not None
-        return found
+        return bytes(found)
 
 
 @pytest.fixture

@@ -164,13 +164,13 @@ class Reader:
         for _ in range(2):
             data = self.content.read_stored(entry, offset, size)
             if data is not None:
-                return data
+                return bytes(data)
             done = threading.Event()
             self.content.fetch(entry, offset, size, Finisher(done))
             assert done.wait(20)
         found = self.content.read_stored(entry, offset, size)
         assert found is not None
-        return found
+        return bytes(found)
 
 
 class Finisher:
