@@ -37,10 +37,12 @@ def receive(link: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """
     try:
         data, fds, _, _ = socket.recv_fds(
-            link, limits.KEEPER_MESSAGE_BYTES, limits.KEEPER_MOUNTS * 2, socket.MSG_CMSG_CLOEXEC
+            link, limits.KEEPER_MESSAGE_BYTES, limits.KEEPER_MOUNTS * 2
         )
     except ConnectionError:
         return None
+    for fd in fds:
+        os.set_inheritable(fd, False)  # recv_fds of Python 3.11 takes flags and ignores them
     if not data:
         return None
     try:

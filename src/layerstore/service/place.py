@@ -26,10 +26,21 @@ _log = logging.getLogger(__name__)
 class Place:
     """``lock`` and ``listener`` (non-blocking) are there between `claim` and `leave`."""
 
-    def __init__(self, root: Path | None = None, lock: int = -1) -> None:
+    def __init__(
+        self, root: Path | None = None, lock: int = -1, listener: socket.socket | None = None
+    ) -> None:
+        """With arguments: a place that this process has already."""
         self._root = root
         self.lock = lock
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener = listener
+        if listener is not None:
+            listener.setblocking(False)
+
+    @property
+    def listener(self) -> socket.socket:
+        """Where verbs and other keepers ask."""
+        assert self._listener is not None
+        return self._listener
 
     @property
     def claimed(self) -> bool:
@@ -50,7 +61,7 @@ class Place:
                 taken = _taken_over(root)
                 if not self._locked(limits.SERVER_LOCK_SECONDS):
                     raise _in_use(root)
-            self.listener = messages.listen(root, KEEPER_SOCKET, socket.SOCK_SEQPACKET)
+            self._listener = messages.listen(root, KEEPER_SOCKET, socket.SOCK_SEQPACKET)
         except BaseException as error:
             os.close(self.lock)
             self.lock = -1
@@ -59,7 +70,7 @@ class Place:
             raise ServiceError(
                 f"cannot listen: {error.strerror}", subject=str(root / KEEPER_SOCKET)
             ) from error
-        self.listener.setblocking(False)
+        self._listener.setblocking(False)
         return taken
 
     def leave(self) -> None:

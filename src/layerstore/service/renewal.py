@@ -107,9 +107,7 @@ def read(memory: int, root: Path | None) -> State:
             served_since=written["serving_since"],
         )
         server.link.setblocking(False)
-        place = Place(root, written["lock"])
-        place.listener = socket.socket(fileno=written["listener"])
-        place.listener.setblocking(False)
+        place = Place(root, written["lock"], socket.socket(fileno=written["listener"]))
         state = State(
             held.unpack(written["mounts"], written["fds"]),
             server,
