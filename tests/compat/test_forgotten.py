@@ -13,6 +13,7 @@ import pytest
 
 from lab.podman import CommandError, Flavour, PodmanEnv
 from lab.rig import MakeRig, Pushed, Rig, graph_layers
+from layerstore import limits
 from layerstore.graphroot.records import LayerRecord
 from layerstore.graphroot.table import Table
 
@@ -75,16 +76,24 @@ def test_check_storage_makes_forgotten_records_again(
 def test_the_service_makes_them_again_when_a_client_lets_go(
     flavour: Flavour, make_rig: MakeRig, small: Pushed, workspace: Path
 ) -> None:
-    rig, image = pulled(make_rig, flavour, small)
-    roots = json.dumps([str(rig.env.graph_root)])
+    rig, image = pulled(make_rig, flavour, small, "[repair]\nenabled = false\n")
+    lost = forget_lazy_layers(rig.env)
+    additional = (rig.env.graph_root / "overlay" / lost[0] / "additionallayer").read_text()
+
+    def let_go() -> None:
+        """The last thing that a pull does."""
+        with pytest.raises(FileNotFoundError):
+            os.rmdir(additional)
+
+    # who has switched it off is left alone
+    let_go()
+    time.sleep(limits.REPAIR_QUIET_SECONDS + 1)
+    assert graph_layers(rig.env) == []
     rig.service.stop()
+    roots = json.dumps([str(rig.env.graph_root)])
     rig.service.configure(f"[repair]\ngraph_roots = {roots}\n")
     rig.service.start()
-    lost = forget_lazy_layers(rig.env)
-    # the last thing that a pull does
-    additional = (rig.env.graph_root / "overlay" / lost[0] / "additionallayer").read_text()
-    with pytest.raises(FileNotFoundError):
-        os.rmdir(additional)
+    let_go()
     until = time.monotonic() + 30
     while rig.service.status()["records_rebuilt"] < len(lost) and time.monotonic() < until:
         time.sleep(0.1)
