@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.filesize import decimal
 
-from layerstore.cli.common import named_auth_file
+from layerstore.cli.common import named_auth_file, switch
 from layerstore.copy.convert import ConvertOptions, ConvertResult
 from layerstore.copy.convert import Progress as Listener
 from layerstore.copy.convert import convert as convert_image
@@ -84,9 +84,7 @@ def convert(
     json: Annotated[
         bool, Parameter(negative="", show_default=False, help="Print one JSON object.")
     ] = False,
-    quiet: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Show no progress.")
-    ] = False,
+    quiet: Annotated[bool, switch("Show no progress.", "--quiet", "-q")] = False,
 ) -> None:
     """Convert the image SRC, so that it can be read lazily, and store it as DST.
 

@@ -47,7 +47,7 @@ def test_json_names_all_digests(
 def test_plain_words_and_quiet(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(source, f"oci:{tmp_path}/out:v1", "--quiet") == 0
+    assert run(source, f"oci:{tmp_path}/out:v1", "-q") == 0
     said = capsys.readouterr()
     digest = oci.read_image(tmp_path / "out", "v1").digest
     assert said.out.splitlines()[-1] == f"oci:{tmp_path}/out:v1@{digest}"
