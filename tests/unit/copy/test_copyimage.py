@@ -1,4 +1,4 @@
-"""Copies between all transports but the storage: what stays, what changes, what is refused."""
+"""Copies between all transports: what stays, what changes, what is refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import gzip
 import hashlib
 import json
 import os
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ from layerstore.image import Descriptor, Digest, Platform, Reference, media_type
 
 MakeImage = Callable[..., StoredImage]
 NAMES = ("oci:{}:x", "oci-archive:{}:x", "dir:{}", "docker-archive:{}:busy:1")
+STORAGE = "containers-storage:[overlay@{0}/root+{0}/run]localhost/busy:1"
+REGISTRY = "docker://HOST{}:1"
 
 
 def manifest_of(name: str, ctx: CopyContext, place: Path) -> dict[str, Any]:
@@ -57,19 +60,36 @@ def blob(layout: Path, digest: str) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("second", NAMES)
-@pytest.mark.parametrize("first", NAMES)
+@pytest.fixture(scope="module")
+def registry_host() -> Iterator[str]:
+    """Of a registry for all pairs of places."""
+    with SimRegistry() as registry:
+        yield registry.host
+
+
+@pytest.mark.parametrize("second", [*NAMES, STORAGE, REGISTRY])
+@pytest.mark.parametrize("first", [*NAMES, STORAGE, REGISTRY])
 def test_an_image_goes_through_any_two_places(
-    tmp_path: Path, make_image: MakeImage, accepting: CopyContext, first: str, second: str
+    tmp_path: Path,
+    make_image: MakeImage,
+    accepting: CopyContext,
+    registry_host: str,
+    first: str,
+    second: str,
 ) -> None:
     image = make_image(layers=3)
-    one, two = first.format(tmp_path / "one"), second.format(tmp_path / "two")
+    # a repository of its own for each pair: nothing of others may be found there
+    there = f"{registry_host}/pairs/{secrets.token_hex(8)}"
+    one, two = (
+        kind.replace("HOST{}", f"{there}/{name}").format(tmp_path / name)
+        for kind, name in ((first, "one"), (second, "two"))
+    )
     results = [
         copy_image(image.source, one, accepting),
         copy_image(one, two, accepting),
         copy_image(two, f"oci:{tmp_path}/end:x", accepting),
     ]
-    if "docker-archive" not in first + second:
+    if not {"docker-archive:{}:busy:1", STORAGE}.intersection((first, second)):
         assert {result.digest for result in results} == {image.digest}
     end = json.loads(results[-1].manifest)
     assert end["mediaType"] == media_types.OCI_MANIFEST
@@ -78,7 +98,8 @@ def test_an_image_goes_through_any_two_places(
     for layer, old in zip(end["layers"], image.layers, strict=True):
         plain = gzip.decompress(blob(tmp_path / "end", layer["digest"]))
         assert f"sha256:{hashlib.sha256(plain).hexdigest()}" == old.diff_id
-    assert sorted(os.listdir(tmp_path)) == ["end", "one", "source", "two"]
+    files = [name for kind, name in ((first, "one"), (second, "two")) if kind != REGISTRY]
+    assert sorted(os.listdir(tmp_path)) == sorted(["end", "source", *files])
 
 
 def test_a_registry_gets_and_gives_the_bytes(
