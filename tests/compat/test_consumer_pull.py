@@ -105,7 +105,7 @@ def form(
 def _packed(workspace: Path, registry: DebianRegistry, kind: str, image: StoredImage) -> Pushed:
     """`image` with its layers packed as the new tools pack them."""
     name = f"consumer/{kind.replace(':', '-')}:1"
-    marker = workspace / name.replace("/", "-")
+    marker = workspace / f"packed-{kind.partition(':')[0]}"  # Podman mounts nothing below a colon
     if not marker.exists():
         target = f"docker://{registry.host}/{name}"
         with PodmanEnv(marker.with_suffix(".env"), "debian13", registries=(registry.host,)) as env:
