@@ -109,7 +109,7 @@ FULL_DISK_PROBE_BYTES: Final = 256 * KIB  # and take a file of this size
 OPEN_FILES: Final = 65_536  # descriptors of the service, where permitted
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 SYNC_SECONDS: Final = 15.0  # a power failure makes suspect what was written in about this time
-SYNC_STOP_SECONDS: Final = 3.0  # the end of the service waits so long for the disk
+SYNC_STOP_SECONDS: Final = 1.0  # the end of the service waits so long for the disk
 
 # -- provider ------------------------------------------------------------------
 RESOLVE_SECONDS: Final = 25.0  # a lookup of `diff` is answered by then
@@ -128,6 +128,7 @@ INGEST_QUEUE: Final = 1024  # ordinary layers to be fetched in the background
 INGEST_FAILED_SECONDS: Final = 60.0  # a layer whose fetch failed is not tried again sooner
 INDEX_FILE_BYTES: Final = 1024 * MIB  # an index, or checkpoints, out of a file of indexes
 DISK_KEEP_FREE: Final = 0.1  # of the file system, before ordinary layers are fetched ahead
+CHECK_FINDINGS: Final = 10_000  # of a check of the cache that are listed
 FETCH_JOBS: Final = 64  # of `layerstore fetch` that are remembered
 
 # -- file system -----------------------------------------------------------------

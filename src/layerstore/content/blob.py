@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -212,11 +213,15 @@ class BlobFile:
             raise self.disk.failed(error, "cannot sync", self.path) from error
         self.present.sync()
 
-    def sha256(self) -> str:
-        """Hex SHA-256 over the whole file; OSError if it cannot be read."""
+    def sha256(self, progress: Callable[[int], None] = lambda _: None) -> str:
+        """Hex SHA-256 over the whole file; ``progress`` is told numbers of bytes.
+
+        Raises OSError if it cannot be read.
+        """
         hasher = hashlib.sha256()
         offset = 0
         while piece := os.pread(self.file.fd, limits.MIB, offset):
             hasher.update(piece)
             offset += len(piece)
+            progress(len(piece))
         return hasher.hexdigest()

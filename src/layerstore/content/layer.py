@@ -9,7 +9,6 @@ cost no more than storing bytes, and only verified bytes are ever shown.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import threading
@@ -29,6 +28,7 @@ from layerstore.content.scheduler import Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
 from layerstore.content.unstored import UnstoredFetcher
+from layerstore.content.wholeblob import WholeBlob
 from layerstore.errors import ContentError, LayerstoreError, StorageError, VerificationError
 from layerstore.formats.compression import Readable
 from layerstore.formats.members import MemberCodec
@@ -72,7 +72,6 @@ class LayerContent:
         self._disk = objects.disk
         self._shelf = objects.shelf
         self._blob = BlobFile(path, layer_map, size, toc_offset, self._disk, self._shelf)
-        self._digest = digest
         self._objects = objects
         self._totals = stats
         self._ingester = Ingester(name, layer_map, codec, objects, scheduler, self.stats, stats)
@@ -85,14 +84,13 @@ class LayerContent:
             self._refused, self._missing,
         )  # fmt: skip
         self._needed = bytearray(self._blob.units)
-        self._verified = verified and self._blob.present.full
-        self._verifying = threading.Lock()
+        self._whole = WholeBlob(
+            name, digest, self._blob, self._ingester, self._unit, self._refuse,
+            ledger=objects.ledger, totals=stats, verified=verified,
+        )  # fmt: skip
         self._refusing = threading.Lock()
         self._blob_lock = threading.Lock()
         self._blob_waiting: list[Done] = []
-        self._wrong_blob = ""  # the digest last seen of wrong bytes that fit the TOC
-        self._again = False  # wrong bytes are being fetched once more, at once
-        self._blob_error: VerificationError | None = None
 
     # -- reading what is here --------------------------------------------------
 
@@ -216,12 +214,12 @@ class LayerContent:
             if isinstance(data, bytes) and self._unit(unit) != data:
                 return
             self._blob.discard(unit)
-            self._verified = False
+            self._whole.verified = False
         self._refused.add(unit, error)
 
     def read_blob(self, offset: int, size: int) -> bytes | None:
         """Bytes of the compressed blob, once all of it is here and verified; else None."""
-        if not self._verified:
+        if not self._whole.verified:
             return None
         return self._blob.file.read(offset, max(0, min(size, self._blob.size - offset)))
 
@@ -357,7 +355,7 @@ class LayerContent:
             again = False
             try:
                 if error is None:
-                    again = not (self._blob.present.full and self._verify_blob())
+                    again = not (self._blob.present.full and self._whole.verify())
             except Exception as caught:
                 error = caught
             if again:
@@ -399,12 +397,12 @@ class LayerContent:
             raise error
         if not self._blob.present.full:
             return True
-        return not self._verify_blob()
+        return not self._whole.verify()
 
     @property
     def complete(self) -> bool:
         """Whether every byte of the blob is stored and the blob digest was checked."""
-        return self._verified
+        return self._whole.verified
 
     @property
     def filled(self) -> bool:
@@ -417,7 +415,7 @@ class LayerContent:
 
         Members that do not fit came damaged, and may come right another time.
         """
-        return self._blob_error
+        return self._whole.error
 
     @property
     def stored_bytes(self) -> int:
@@ -430,69 +428,6 @@ class LayerContent:
         self._totals.resolved(len(end))
         self._blob.seed(end)
 
-    # -- verification ----------------------------------------------------------
-
-    def _verify_blob(self) -> bool:
-        """Check the digest over the whole stored blob; False if parts must be fetched again.
-
-        Raises VerificationError if the registry has another blob than announced.
-        """
-        with self._verifying:
-            if self._verified:
-                return True
-            if self._blob_error is not None:
-                raise self._blob_error
-            try:
-                actual = self._blob.sha256()
-                if actual == self._digest:
-                    self._blob.sync()  # this is remembered, even after a power failure
-                    self._objects.ledger.stamp(self._blob.file.fd)
-                    self._verified = True
-                    return True
-            except OSError as caught:
-                self._drop_unreadable()
-                raise self._disk.failed(caught, "cannot read", self._blob.path) from caught
-            except StorageError:
-                self._drop_unreadable()
-                raise
-            damaged = self._scrub()
-            before, self._wrong_blob = self._wrong_blob, "" if damaged else actual
-            twice = not damaged and actual == before
-            again, self._again = self._again, not self._again
-            if not (twice or again):
-                return False
-            error = VerificationError(
-                f"blob has SHA-256 {actual} instead of {self._digest}",
-                subject=self.name,
-                advice="the registry sends another blob than the manifest names",
-            )
-            if not twice:
-                raise error  # for this time
-            self._blob_error = error
-            _log.error("event=blob-refused layer=%s error=%s", self.name, self._blob_error)
-            self._totals.failed_units += 1
-            raise error
-
-    def _drop_unreadable(self) -> None:
-        """The disk failed: forget what is not verifiably on it.  This is nobody else's fault."""
-        for unit in range(self._blob.units):
-            with contextlib.suppress(ContentError, OSError):
-                if self._blob.is_member(unit):
-                    self._ingester.check_member(unit - 1, self._unit(unit))
-                    continue
-            self._blob.discard(unit)
-
-    def _scrub(self) -> bool:
-        """Forget the members that do not fit the TOC, else all of the blob; whether there were any."""
-        found = False
-        for unit in filter(self._blob.is_member, range(self._blob.units)):
-            data = self._unit(unit)
-            try:
-                self._ingester.check_member(unit - 1, data)
-            except ContentError as error:
-                self._refuse(unit, data, error)
-                found = True
-        if not found:  # headers, padding and members without contents: only the digest covers them
-            for unit in range(self._blob.units):
-                self._blob.discard(unit)
-        return found
+    def check(self, progress: Callable[[int], None]) -> str:
+        """Read what is stored of the blob through, see ``WholeBlob.check``."""
+        return self._whole.check(progress)

@@ -64,6 +64,8 @@ class Ledger:
     def __init__(self, root: Path) -> None:
         self._path = root / "synced"
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._late = False  # the cache may be in use by somebody else already
         self._dirty = False
         self.failed = False
         self.when_failed: Callable[[OSError], None] = lambda _: None
@@ -118,6 +120,13 @@ class Ledger:
         if self._marked:
             os.utime(file, ns=(time.time_ns(), self._current * _SECOND + _TAG))
 
+    def distrust(self, file: int) -> None:
+        """The bytes were found wrong: whoever opens the file is to see for himself.
+
+        Raises OSError.
+        """
+        os.utime(file, ns=(time.time_ns(), 0))
+
     def trusts(self, file: int | str) -> bool:
         """Whether the file's bytes need no verification; False for what is not there."""
         try:
@@ -157,7 +166,9 @@ class Ledger:
                 self.when_failed(OSError(number, os.strerror(number)))
                 raise StorageError(f"cannot sync: {os.strerror(number)}", subject=str(self._path))
             self._synced = done
-            self._write(clean=clean)
+            with self._writing:
+                if not self._late:
+                    self._write(clean=clean)
 
     def _work(self) -> None:
         rest = 0.0
@@ -174,12 +185,6 @@ class Ledger:
                 _log.error("event=sync-failed error=%s", error)
             rest = max(rest, _REST_FACTOR * (time.monotonic() - began))
 
-    def forgive(self) -> None:
-        """Everything that was suspect has been verified."""
-        with self._lock:
-            self._suspect = ()
-            self.failed = False
-
     def close(self) -> None:
         """Stop; what was not synced will be suspect in another boot."""
         self._stop.set()
@@ -195,6 +200,8 @@ class Ledger:
         last = threading.Thread(target=self._end, daemon=True)
         last.start()
         last.join(limits.SYNC_STOP_SECONDS)
+        with self._writing:
+            self._late = True
 
     def _end(self) -> None:
         try:

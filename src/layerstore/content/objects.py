@@ -67,6 +67,11 @@ class PartialObject:
             raise self._disk.failed(error, "cannot write", self.path) from error
         return self.present.set(number) and self.present.full
 
+    def clear(self, offset: int, size: int) -> None:
+        """Make zeros of a range."""
+        for start in range(offset, offset + size, _HASH_PIECE):
+            _write_all(self.file.fd, bytes(min(_HASH_PIECE, offset + size - start)), start)
+
 
 class ObjectWriter:
     """An object under way; forgotten unless it is published.  Raises StorageError."""
@@ -209,6 +214,26 @@ class ObjectStore:
         ):
             self.discard(digest)
         return False
+
+    def intact(self, digest: bytes) -> bool:
+        """Read an object through; False if it is damaged, which makes it suspect.
+
+        True also for one that is not there.  Raises OSError where the disk gives no bytes.
+        """
+        try:
+            fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            right = _sha256(fd) == digest
+            if not right:
+                self.ledger.distrust(fd)
+                self._open.drop(digest)
+            elif not self.ledger.trusts(fd):
+                self.ledger.stamp(fd)
+        finally:
+            os.close(fd)
+        return right
 
     def has(self, digest: bytes) -> bool:
         """Whether the complete object is there."""

@@ -1,5 +1,6 @@
 """The protocol of additional layer stores: names, dialects, info, use counts, state."""
 
+from layerstore.provider.cachecheck import Checks
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.explain import ExplainedImage, ExplainedLayer, Verdict, explain
 from layerstore.provider.fetch import Fetches
@@ -13,6 +14,7 @@ from layerstore.provider.store import Store
 from layerstore.provider.workers import WorkerPool
 
 __all__ = [
+    "Checks",
     "Dialect",
     "DialectL",
     "DiskRoom",

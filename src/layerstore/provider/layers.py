@@ -168,6 +168,23 @@ class Layers:
                 self._open[slot] = layer
         return layer
 
+    def reopen(self, slot: int) -> None:
+        """Something of the layer is damaged: whoever needs it next opens it anew."""
+        with self._lock:
+            self._open.pop(slot, None)
+
+    def rebuild(self, record: LayerRecord) -> None:
+        """Make the index of a layer, and what lies beside it, anew.  Raises StorageError."""
+        self._rebuild(record, self._sources.of(record.slot))
+        self.reopen(record.slot)
+
+    def check_blob(self, slot: int, progress: Callable[[int], None]) -> str:
+        """Read the blob of a layer through, see ``LayerContent.check``; raises as ``open``."""
+        wrong = self.open(slot).content.check(progress)
+        if wrong and self._state.is_complete(slot):
+            self._incomplete(slot)
+        return wrong
+
     def index_of(self, slot: int) -> LayerIndex:
         """The index of a layer, in quarantine or not; StorageError if it is damaged."""
         return LayerIndex.open(self._loader.directory(slot) / "index")
@@ -177,7 +194,7 @@ class Layers:
             return self._opened(record)
         except StorageError as error:
             _log.warning("event=index-damaged layer=%s error=%s", record.blob_digest, error)
-        self._rebuild(record, self._sources.of(record.slot))
+        self.rebuild(record)
         return self._opened(record)
 
     def _opened(self, record: LayerRecord) -> tuple[LayerIndex, MemberCodec]:

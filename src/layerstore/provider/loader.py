@@ -23,6 +23,7 @@ import msgspec
 from layerstore import limits
 from layerstore.content import Ledger
 from layerstore.errors import (
+    ContentError,
     DeadlineExceeded,
     InvalidLayer,
     LayerstoreError,
@@ -215,17 +216,32 @@ class Loader:
             advice="it is tried again at the next use",
         ) from failure
 
+    def check_stored(self, record: LayerRecord) -> None:
+        """Verify the TOC that is kept beside the index, where one is.
+
+        Raises StorageError and errors of the content.
+        """
+        path = self.directory(record.slot) / "toc.zst"
+        if not record.form.lazy or not path.exists():
+            return
+        try:
+            packed = path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot read: {error.strerror}", subject=str(path)) from error
+        descriptor = _descriptor(record)
+        _verified_zstd(packed, descriptor, announced(descriptor))
+
     def _stored(self, record: LayerRecord, promised: Announced) -> LoadedToc:
         """The TOC as it was kept, or as the stored blob has it."""
         directory = self.directory(record.slot)
         descriptor = _descriptor(record)
         try:
             packed = (directory / "toc.zst").read_bytes()
-        except FileNotFoundError:
+            document = _verified_zstd(packed, descriptor, promised)
+        except (FileNotFoundError, ContentError):
             with (directory / "blob").open("rb") as blob:
                 blob.seek(record.toc_offset)
                 return _estargz_toc(descriptor, promised, blob.read())
-        document = _verified_zstd(packed, descriptor, promised)
         return LoadedToc(document, record.toc_offset, packed=packed, tar_length=record.tar_length)
 
     def new_directory(self) -> Path:

@@ -217,11 +217,14 @@ class State:
     # -- documents and pins ------------------------------------------------------
 
     def document(self, digest: Digest) -> Document | None:
-        """A stored document; its bytes were verified when they were stored."""
+        """A stored document, verified; one that is damaged is forgotten."""
         with self._lock:
             row = self._db.execute(
                 "SELECT media_type, body FROM documents WHERE digest = ?", (digest,)
             ).fetchone()
+        if row is not None and Digest.of(row[1]) != digest:
+            self.drop_document(digest)
+            return None
         return None if row is None else Document(digest, *row)
 
     def add_document(self, document: Document) -> None:
@@ -233,6 +236,29 @@ class State:
                 document.media_type,
                 document.body,
             )
+
+    def problems(self) -> list[str]:
+        """What the database finds wrong with itself."""
+        with self._lock:
+            try:
+                found = [str(row[0]) for row in self._db.execute("PRAGMA quick_check")]
+            except sqlite3.Error as error:
+                return [str(error)]
+        return [] if found == ["ok"] else found
+
+    def wrong_documents(self) -> list[Digest]:
+        """Documents whose bytes do not have their digests."""
+        with self._lock:
+            try:
+                rows = self._db.execute("SELECT digest, body FROM documents").fetchall()
+            except sqlite3.Error:
+                return []  # `problems` tells
+        return [Digest(digest) for digest, body in rows if Digest.of(body) != digest]
+
+    def drop_document(self, digest: Digest) -> None:
+        """Forget a document."""
+        with self._lock:
+            self._write("DELETE FROM documents WHERE digest = ?", digest)
 
     def pins(self, reference: str) -> tuple[Digest, ...]:
         """The documents that a reference stood for, newest first."""

@@ -1,8 +1,7 @@
 """The additional layer store as a client sees it, without a file system.
 
-`Store` answers what the file system asks: is this layer known, resolve it, count
-a use.  What is known is answered from memory; everything else is handed to
-workers and answered through a callback, with a `View` or with a `Refusal`.
+`Store` answers what the file system asks: is this layer known, resolve it, count a use.  What is
+known is answered from memory; the rest by workers, through a callback: a `View` or a `Refusal`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from layerstore.errors import LayerstoreError, NetworkError, StorageError
 from layerstore.formats.announced import Announced, announced
 from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
 from layerstore.provider import names
+from layerstore.provider.cachecheck import Checks, Place
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.fetch import Fetches
 from layerstore.provider.images import Images, Match
@@ -105,6 +105,7 @@ class Store:
             self._sources,
             self.indexes,
         )
+        self.checks = Checks(Place(root, self._state, self._objects, self._loader, self.layers))
         self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
@@ -482,6 +483,7 @@ class Store:
         self._outages.close()
         self._scheduler.close()
         self.fetches.close()
+        self.checks.close()
         self.ingests.close()
         self._writer.join(2)
         self._save_uses()

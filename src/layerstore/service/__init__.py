@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from layerstore.service.checking import Checker, CheckStatus, checker
     from layerstore.service.config import Config, load
     from layerstore.service.control import request
     from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_PATH",
     "DEFAULT_ROOT",
+    "CheckStatus",
+    "Checker",
     "Config",
     "FetchStatus",
     "FetchedLayer",
     "Fetcher",
     "IndexKeeper",
+    "checker",
     "fetcher",
     "index_keeper",
     "load",
@@ -37,11 +41,14 @@ __all__ = [
 _HOMES: Final = {
     "DEFAULT_PATH": "places",
     "DEFAULT_ROOT": "places",
+    "CheckStatus": "checking",
+    "Checker": "checking",
     "Config": "config",
     "FetchStatus": "fetching",
     "FetchedLayer": "fetching",
     "Fetcher": "fetching",
     "IndexKeeper": "indexing",
+    "checker": "checking",
     "fetcher": "fetching",
     "index_keeper": "indexing",
     "load": "config",

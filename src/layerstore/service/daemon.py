@@ -18,6 +18,7 @@ from layerstore import __version__, limits
 from layerstore.errors import ConfigError
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.provider import limit_arenas
+from layerstore.service.checking import check_methods
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.fetching import fetch_methods
@@ -92,9 +93,12 @@ class Service:
                 **store.status(),
             }
 
-        control = ControlServer(
-            root, {"status": status, **fetch_methods(store.fetches), **index_methods(store)}
-        )
+        methods = {
+            **fetch_methods(store.fetches),
+            **index_methods(store),
+            **check_methods(store.checks),
+        }
+        control = ControlServer(root, {"status": status, **methods})
         stack.callback(control.close)
         gc.collect()
         gc.freeze()

@@ -40,7 +40,8 @@ def test_everything_survives_a_restart(tmp_path: Path):
     state = State(path)
     layer = add(state, A, B, size=1000, toc_offset=900)
     view = state.add_view(REF, B, Dialect.TOC, layer.slot, b'{"x":1}')
-    state.add_document(Document(C, "application/json", b"{}"))
+    document = Document(Digest.of(b"{}"), "application/json", b"{}")
+    state.add_document(document)
     state.pin(REF, C)
     state.count_use(view.key, 1)
     state.count_use(view.key, 1)
@@ -50,7 +51,7 @@ def test_everything_survives_a_restart(tmp_path: Path):
     assert state.find_layer(A, B, D) == layer
     assert state.view(view.key) == view
     assert state.views_of(names.name_hash(REF)) == (view,)
-    assert state.document(C) == Document(C, "application/json", b"{}")
+    assert state.document(document.digest) == document
     assert state.pins(REF) == (C,)
     assert state.uses(view.key) == 2
     assert state.is_complete(layer.slot)

@@ -1,0 +1,65 @@
+"""Looking for damage in the object store: everything in it is read and hashed.
+
+What is found wrong is never used again: a damaged object stays in its place as suspect
+(``content.ledger``), which makes whoever opens it verify it and have it made anew; a damaged chunk
+of a partial object is forgotten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from layerstore.content.layermap import FileContent, LayerMap
+from layerstore.content.objects import ObjectStore
+
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file below ``objects``; ``digest`` is None for one that has no business there."""
+
+    path: str
+    size: int
+    digest: bytes | None
+
+
+def stored_files(root: Path) -> Iterator[StoredFile]:
+    """All files below the directory ``objects`` of an object store."""
+    for first in sorted(os.scandir(root / "objects"), key=lambda entry: entry.name):
+        for entry in os.scandir(first.path) if first.is_dir() else [first]:
+            try:
+                size = entry.stat(follow_symlinks=False).st_size
+            except FileNotFoundError:
+                continue  # it was renewed, or went, meanwhile
+            name = first.name + entry.name
+            right = len(name) == 64 and len(first.name) == 2 and _HEX.issuperset(name)
+            yield StoredFile(entry.path, size, bytes.fromhex(name) if right else None)
+
+
+def forget_wrong_chunks(objects: ObjectStore, layer: LayerMap, content: FileContent) -> int:
+    """Verify what is there of a partial object; how many chunks were wrong.  Raises StorageError."""
+    partial = objects.partial(
+        content.key, content.size, content.chunk_count, content.digest, create=False
+    )
+    wrong = 0
+    for number in range(content.chunk_count if partial is not None else 0):
+        chunk = layer.chunk(content.first_chunk + number)
+        assert partial is not None
+        if not partial.present[number]:
+            continue
+        data = partial.file.read(chunk.file_offset, chunk.size)
+        if chunk.hole:
+            right = len(data) == chunk.size and not any(data)
+            if not right:  # a hole is in no member that could bring it again
+                partial.clear(chunk.file_offset, chunk.size)
+        else:
+            right = hashlib.sha256(data).digest() == chunk.digest
+            if not right:
+                partial.present.unset(number)
+        wrong += not right
+    return wrong
