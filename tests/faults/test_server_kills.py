@@ -71,6 +71,7 @@ def test_nobody_notices_that_the_server_is_killed(bench: Workbench, seed: int, b
             if beside == "registry":
                 bench.upstream.start()
         killer.serving()
+        wait_until(lambda: all(done.operations for done in crew.progress().values()), 60)
         done = crew.finish()
     tell(kills, done)
     everybody_worked(done)
@@ -149,7 +150,7 @@ def disturb(bench: Workbench, what: str, *, by_signal: bool) -> None:
 
 def tell(kills: Sequence[Kill], done: dict[str, Progress]) -> None:
     print(f"\n{len(kills)} kills:", dict(collections.Counter(kill.moment for kill in kills)))
-    restarts = [kill.restart_seconds for kill in kills if kill.restart_seconds is not None]
+    restarts = [kill.restart_seconds for kill in kills if kill.restart_seconds is not None] or [0.0]
     waiting = sum(kill.waiting > 0 for kill in kills)
     print(
         f"{waiting} with requests under way, {sum(kill.requests for kill in kills)} requests read;"
