@@ -93,8 +93,8 @@ class ServerKiller:
 
     def _serving(self, moment: Moment) -> Kill:
         self.serving()
-        restart = time.monotonic() - self._died
-        self._start_seconds = (self._start_seconds + restart) / 2
+        restart = time.monotonic() - self._died if self._last else None
+        self._start_seconds = (self._start_seconds + (restart or 0.3)) / 2
         if self._early >= _EARLY:
             time.sleep(limits.SERVER_STEADY_SECONDS)
             self._early = 0
