@@ -44,7 +44,8 @@ from layerstore.provider.refusal import (
     Refusal,
 )
 from layerstore.provider.sources import Sources
-from layerstore.provider.state import LayerRecord, State, View
+from layerstore.provider.state import LayerRecord, View
+from layerstore.provider.statefile import Backup, open_state
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
 
@@ -76,7 +77,8 @@ class Store:
         self._root = root
         self._client = client
         self.policy = policy or Policy()
-        self._state = State(root / "state.sqlite")
+        self._state = open_state(root)
+        self._backup = Backup(self._state, root)
         self._images = Images(self._state, client)
         self._objects = ObjectStore(root / "content")
         self._loader = Loader(root / "layers", self._state, client, self._objects.ledger)
@@ -120,7 +122,7 @@ class Store:
         self._closed = False
         self._writer = threading.Thread(target=self._write_uses, name="uses", daemon=True)
         self._writer.start()
-        self._objects.ledger.keep_syncing()
+        self._objects.ledger.keep_syncing(self._backup.renew)
         self.layers.resume()
 
     def _find_sources(self) -> None:
@@ -489,6 +491,7 @@ class Store:
         self._save_uses()
         self.layers.close()
         self._objects.close()
+        self._backup.renew(last=True)
         self._state.close()
         self._objects.ledger.end()
 
