@@ -109,7 +109,6 @@ FULL_DISK_PROBE_BYTES: Final = 256 * KIB  # and take a file of this size
 OPEN_FILES: Final = 65_536  # descriptors of the service, where permitted
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 SYNC_SECONDS: Final = 15.0  # a power failure makes suspect what was written in about this time
-STATE_BACKUP_SECONDS: Final = 60.0  # the state is copied no more often than this
 SYNC_STOP_SECONDS: Final = 1.0  # the end of the service waits so long for the disk
 
 # -- provider ------------------------------------------------------------------
@@ -147,7 +146,7 @@ CONTROL_SECONDS: Final = 10.0
 
 # -- keeper and server ------------------------------------------------------------
 KEEPER_MESSAGE_BYTES: Final = 128 * KIB
-KEEPER_MOUNTS: Final = 32  # held by one keeper: the mount, and detached ones with users
+KEEPER_MOUNTS: Final = 80  # held by one keeper: the mount, and detached ones with users
 KEEPER_CLIENTS: Final = 16  # connections to its socket
 SERVER_PREPARE_SECONDS: Final = 60.0  # a new server has imported and checked everything by then
 SERVER_STOP_SECONDS: Final = 10.0  # an old one has let go of its state by then, or is killed

@@ -72,7 +72,6 @@ class Ledger:
         """Called when a sync failed, with its error."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._before: Callable[[], None] = lambda: None
         self._boot = _boot_id()
         try:
             # kept open: syncfs tells of errors since then
@@ -144,9 +143,8 @@ class Ledger:
 
     # -- the mark ------------------------------------------------------------------
 
-    def keep_syncing(self, before: Callable[[], None] = lambda: None) -> None:
-        """Sync from time to time, in a thread; ``before`` may write what is to be synced, too."""
-        self._before = before
+    def keep_syncing(self) -> None:
+        """Sync from time to time, in a thread."""
         self._thread = threading.Thread(target=self._work, name="sync", daemon=True)
         self._thread.start()
 
@@ -182,7 +180,6 @@ class Ledger:
                     with self._lock:
                         self._write(clean=False)
                 elif self._dirty:
-                    self._before()
                     self.sync()
             except StorageError as error:
                 _log.error("event=sync-failed error=%s", error)
@@ -194,21 +191,22 @@ class Ledger:
         if self._thread is not None:
             self._thread.join(limits.SYNC_STOP_SECONDS)
 
-    def end(self) -> None:
+    def end(self, *, clean: bool = True) -> None:
         """Stop with everything on the disk, so that no boot suspects anything.
 
+        Not ``clean``: somebody still writes, so another boot suspects what comes after this.
         Gives up after a bounded time.
         """
         self.close()
-        last = threading.Thread(target=self._end, daemon=True)
+        last = threading.Thread(target=self._end, args=(clean,), daemon=True)
         last.start()
         last.join(limits.SYNC_STOP_SECONDS)
         with self._writing:
             self._late = True
 
-    def _end(self) -> None:
+    def _end(self, clean: bool) -> None:
         try:
-            self._sync(clean=True)
+            self._sync(clean=clean)
         except StorageError as error:
             _log.error("event=sync-failed error=%s", error)
 

@@ -44,8 +44,8 @@ from layerstore.provider.refusal import (
     Refusal,
 )
 from layerstore.provider.sources import Sources
-from layerstore.provider.state import LayerRecord, View
-from layerstore.provider.statefile import Backup, open_state
+from layerstore.provider.state import LayerRecord, State, View
+from layerstore.provider.usecounts import UseCounts
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
 
@@ -77,8 +77,7 @@ class Store:
         self._root = root
         self._client = client
         self.policy = policy or Policy()
-        self._state = open_state(root)
-        self._backup = Backup(self._state, root)
+        self._state = State(root / "state.sqlite")
         self._images = Images(self._state, client)
         self._objects = ObjectStore(root / "content")
         self._loader = Loader(root / "layers", self._state, client, self._objects.ledger)
@@ -116,13 +115,8 @@ class Store:
         self._pending: dict[int, list[Answer]] = {}
         self._refused: OrderedDict[int, tuple[float, Refusal]] = OrderedDict()
         self._unreachable: OrderedDict[str, tuple[float, Refusal]] = OrderedDict()
-        self._uses_lock = threading.Lock()
-        self._uses_changed: set[int] = set()
-        self._uses_wanted = threading.Event()
-        self._closed = False
-        self._writer = threading.Thread(target=self._write_uses, name="uses", daemon=True)
-        self._writer.start()
-        self._objects.ledger.keep_syncing(self._backup.renew)
+        self._uses = UseCounts(self._state)
+        self._objects.ledger.keep_syncing()
         self.layers.resume()
 
     def _find_sources(self) -> None:
@@ -428,33 +422,11 @@ class Store:
 
     def use(self, view: View) -> None:
         """A client says that it uses the layer."""
-        self._change_use(view, 1)
+        self._uses.count(view.key, 1)
 
     def release(self, view: View) -> None:
         """A client says that it no longer uses the layer."""
-        self._change_use(view, -1)
-
-    def _change_use(self, view: View, change: int) -> None:
-        with self._uses_lock:
-            self._state.count_use(view.key, change)
-            self._uses_changed.add(view.key)
-        self._uses_wanted.set()
-
-    def _write_uses(self) -> None:
-        while not self._closed:
-            self._uses_wanted.wait()
-            self._uses_wanted.clear()
-            self._save_uses()
-
-    def _save_uses(self) -> None:
-        with self._uses_lock:
-            changed, self._uses_changed = self._uses_changed, set()
-        try:
-            self._state.save_uses(changed)
-        except LayerstoreError as error:
-            _log.error("event=uses-not-saved error=%s", error)
-            with self._uses_lock:
-                self._uses_changed |= changed
+        self._uses.count(view.key, -1)
 
     # -- report and end --------------------------------------------------------------------
 
@@ -476,10 +448,14 @@ class Store:
             },
         }
 
+    def let_go(self, *, sync: bool) -> None:
+        """`close`, for a process that ends right then: what runs is not waited for."""
+        self._uses.close()
+        if sync:
+            self._objects.ledger.end(clean=False)
+
     def close(self) -> None:
         """Stop fetching, write what is not written yet, close the files."""
-        self._closed = True
-        self._uses_wanted.set()
         self._resolvers.close()
         self._loaders.close()
         self._outages.close()
@@ -487,11 +463,9 @@ class Store:
         self.fetches.close()
         self.checks.close()
         self.ingests.close()
-        self._writer.join(2)
-        self._save_uses()
+        self._uses.close()
         self.layers.close()
         self._objects.close()
-        self._backup.renew(last=True)
         self._state.close()
         self._objects.ledger.end()
 

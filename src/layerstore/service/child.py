@@ -35,6 +35,14 @@ class Stage(enum.Enum):
     RETIRING = "retiring"  # told to stop
 
 
+class Leave(enum.StrEnum):
+    """How a server is to leave its state."""
+
+    NOW = "now"  # the next server waits, and who reads waits for it
+    SYNCED = "synced"  # and the machine may be about to stop
+    CLEAN = "clean"  # nobody waits
+
+
 def interpreter(module: str, arguments: Sequence[str]) -> list[str]:
     """The command line of a module of ours in a fresh interpreter.
 
@@ -83,12 +91,12 @@ class Child:
         self.deadline = None
         self.tell({"serve": order}, fds)
 
-    def retire(self) -> None:
+    def retire(self, leave: Leave) -> None:
         """Tell it to let go of everything and end; it is killed if it does not."""
         if self.stage is not Stage.RETIRING:
             self.stage = Stage.RETIRING
             self.deadline = time.monotonic() + limits.SERVER_STOP_SECONDS
-            self.tell({"stop": True})
+            self.tell({"stop": leave.value})
 
     def tell(self, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
         """Send a message.  Who cannot take one is dead or was stopped, and is killed."""

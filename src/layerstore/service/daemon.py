@@ -19,6 +19,7 @@ from layerstore.errors import ConfigError
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.provider import limit_arenas
 from layerstore.service.checking import check_methods
+from layerstore.service.child import Leave
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.fetching import fetch_methods
@@ -52,6 +53,7 @@ class Service:
         self._news = queue.SimpleQueue()
         self._stack = contextlib.ExitStack()
         self._config = config
+        self._leave = Leave.CLEAN
 
     def __enter__(self) -> Service:
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -63,7 +65,11 @@ class Service:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self._leave is Leave.CLEAN:
+            self._stack.close()
+        else:
+            self._sessions.stop()
+            self._store.let_go(sync=self._leave is Leave.SYNCED)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         root, config = self._root, self._config
@@ -75,6 +81,7 @@ class Service:
         )
         stack.callback(sessions.close)
         stack.callback(sessions.stop)
+        self._store, self._sessions = store, sessions
         store.layers.quarantined = sessions.forget_layer
         started = time.time()
 
@@ -112,8 +119,13 @@ class Service:
         """What has changed with the keeper."""
         self._keeper.update(news)
 
-    def stop(self) -> None:
-        """Make `next_end` return None; from any thread and from signal handlers."""
+    def stop(self, leave: Leave = Leave.CLEAN) -> None:
+        """Make `next_end` return None; from any thread and from signal handlers.
+
+        Unless ``leave`` is CLEAN the end of ``with`` does not wait for what runs, and the process
+        must end then.
+        """
+        self._leave = leave
         self._news.put(None)
 
     def next_end(self) -> HeldMount | None:

@@ -53,8 +53,12 @@ class HeldMount:
 
     @property
     def attached(self) -> bool:
-        """Whether it is what the mount point shows; a detached one lives on for its users."""
-        there = fuse.find_mount(self.mountpoint)
+        """Whether it is what its mount point shows; a detached one lives on for its users."""
+        return self.is_at(self.mountpoint)
+
+    def is_at(self, place: str | os.PathLike[str]) -> bool:
+        """Whether it is what a directory shows."""
+        there = fuse.find_mount(place)
         return there is not None and (there.major, there.minor) == (self.major, self.minor)
 
     @property

@@ -23,7 +23,7 @@ from typing import Final
 from layerstore import limits
 from layerstore.errors import LayerstoreError, ServiceError, exit_status
 from layerstore.service import held, messages, renewal
-from layerstore.service.child import Child, Stage
+from layerstore.service.child import Child, Leave, Stage
 from layerstore.service.holding import Holding
 from layerstore.service.options import Options
 from layerstore.service.place import Place
@@ -185,7 +185,7 @@ class Keeper:
         if self.server is None and self.heir is None and not self.abrupt:
             self._promote(child)
         elif child is self.candidate and self.server is not None:
-            self.server.retire()
+            self.server.retire(Leave.NOW)
 
     def _promote(self, child: Child) -> None:
         if child is self.spare:
@@ -337,7 +337,7 @@ class Keeper:
         self.start_at = None
         self._end_waiting()
         if self.server is not None:
-            self.server.retire()
+            self.server.retire(Leave.SYNCED if self.notifier.stores else Leave.CLEAN)
         self._finish_if_alone()
 
     def _end_waiting(self) -> None:
@@ -433,7 +433,7 @@ class Keeper:
         self.start_at = None
         self._end_waiting()
         if self.server is not None:
-            self.server.retire()
+            self.server.retire(Leave.NOW)
         else:
             self._hand_over()
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 from layerstore.errors import LayerstoreError, ServiceError, StorageError, exit_status
 from layerstore.service import config as configuration
 from layerstore.service import held, messages
-from layerstore.service.child import LINK_FD
+from layerstore.service.child import LINK_FD, Leave
 from layerstore.service.config import Config
 from layerstore.service.daemon import Service
 from layerstore.service.opening import registry_settings
@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true")
     given = parser.parse_args()
     _die_with(given.keeper)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the keeper, too
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the keeper, too
+        signal.signal(number, signal.SIG_IGN)
     link = socket.socket(fileno=LINK_FD)
     link.set_inheritable(False)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
@@ -105,7 +106,7 @@ def _listen(link: socket.socket, service: Service) -> None:
         if received is None:
             os._exit(1)
         if "stop" in received[0]:
-            service.stop()
+            service.stop(Leave(received[0]["stop"]))
         else:
             service.keeper_says(received[0])
 
