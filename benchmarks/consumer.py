@@ -3,7 +3,8 @@
     python -m benchmarks.consumer [--repeat 3] [--link unlimited|shaped] [--json FILE]
 
 Whole pulls of plain images into empty graph roots by Podman 4.3.1, Podman 5.4.2 and us, in turns,
-and beside them what the provider does with the same layers (`layerstore fetch`: objects and index);
+and beside them what the provider does with the same layers (`layerstore fetch`, asking a running
+service, whose CPU seconds count: objects and index);
 and pulls of an image of 20 layers all of which a layer store has: the running service, and a
 static store.  Seconds are those of the whole command, its start included.  The graph roots lie on
 an ext4 of their own, with a journal, so that what else the machine's file system has seen counts
@@ -34,12 +35,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import consumer_images
-from benchmarks.measured import Use, measured
+from benchmarks.measured import Use, cpu_seconds, measured
 from benchmarks.startup import shaped
 from lab import images
 from lab.podman import FLAVOURS, PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 from lab.rig import Rig
+from lab.store import LayerstoreService
 
 Program = Literal["podman", "layerstore"]
 _MIB: Final = 1 << 20
@@ -168,10 +170,7 @@ def _whole_pulls(host: str, work: Path, repeat: int) -> list[Result]:
 def _pull(env: PodmanEnv, program: str, host: str, name: str) -> Use:
     os.sync()
     if program == "fetch":
-        root = env.tmp / "store"
-        place = ("--quiet", "--root", str(root), f"{host}/bench/{name}:1")
-        command = [*env.command("layerstore"), "fetch", *place]
-        return measured(command, env.environment())
+        return _fetch(env, f"{host}/bench/{name}:1")
     command = [
         *env.command("podman" if program == "podman" else "layerstore"),
         "pull",
@@ -179,6 +178,18 @@ def _pull(env: PodmanEnv, program: str, host: str, name: str) -> Use:
         f"{host}/bench/{name}:1",
     ]
     return measured(command, env.environment())
+
+
+def _fetch(env: PodmanEnv, image: str) -> Use:
+    with LayerstoreService(env.tmp / "service", environment=env.environment()) as service:
+        pid = service.pid
+        before = cpu_seconds(pid)
+        command = [*env.command("layerstore"), "fetch", "--quiet", "--root", str(service.root)]
+        use = measured([*command, image], env.environment())
+        spent = cpu_seconds(pid) - before
+        status = Path(f"/proc/{pid}/status").read_text()
+        peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return Use(use.seconds, use.cpu_seconds + spent, max(use.rss_bytes, int(peak) * 1024))
 
 
 # -- lazy pulls ----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measured import Use, measured
+from benchmarks.measured import Use, cpu_seconds, measured
 from lab import ctrremote, images, oci
 from lab.oci import StoredImage
 from lab.podman import PodmanEnv
@@ -158,12 +158,12 @@ class _Containerd:
         def run(_: Path) -> Use:
             self._forget()
             self._count += 1
-            before = _cpu_seconds(self._daemon.pid)
+            before = cpu_seconds(self._daemon.pid)
             name = self._name
             command = ["ctr-remote", "--address", str(self._daemon.socket), "--namespace", "lab"]
             command += ["image", "convert", flag, "--oci", self._source, name]
             use = measured(command, os.environ)
-            cpu = use.cpu_seconds + _cpu_seconds(self._daemon.pid) - before
+            cpu = use.cpu_seconds + cpu_seconds(self._daemon.pid) - before
             return Use(use.seconds, cpu, use.rss_bytes)
 
         return run
@@ -199,11 +199,6 @@ def _containerd(image: StoredImage, work: Path) -> Iterator[_Containerd]:
         daemon.run("ctr", "image", "import", "--no-unpack", "--base-name", _SOURCE, str(source))
         source.unlink()
         yield _Containerd(daemon, image)
-
-
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _table(results: Sequence[Result], source: int) -> Table:

@@ -52,6 +52,13 @@ def measured(command: Sequence[str], environment: Mapping[str, str]) -> Use:
         return Use(**json.load(answer))
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a running process has used so far."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _main(descriptor: int, command: list[str]) -> int:
     started = time.monotonic()
     child = os.fork()

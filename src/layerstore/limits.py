@@ -109,6 +109,7 @@ FULL_DISK_PROBE_BYTES: Final = 256 * KIB  # and take a file of this size
 OPEN_FILES: Final = 65_536  # descriptors of the service, where permitted
 OPEN_OBJECTS: Final = 512  # file descriptors kept for objects
 SYNC_SECONDS: Final = 15.0  # a power failure makes suspect what was written in about this time
+STATE_BACKUP_SECONDS: Final = 60.0  # the state is copied no more often than this
 SYNC_STOP_SECONDS: Final = 1.0  # the end of the service waits so long for the disk
 
 # -- provider ------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Ledger:
         """Called when a sync failed, with its error."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._before: Callable[[], None] = lambda: None
         self._boot = _boot_id()
         try:
             # kept open: syncfs tells of errors since then
@@ -143,8 +144,9 @@ class Ledger:
 
     # -- the mark ------------------------------------------------------------------
 
-    def keep_syncing(self) -> None:
-        """Sync from time to time, in a thread."""
+    def keep_syncing(self, before: Callable[[], None] = lambda: None) -> None:
+        """Sync from time to time, in a thread; ``before`` may write what is to be synced, too."""
+        self._before = before
         self._thread = threading.Thread(target=self._work, name="sync", daemon=True)
         self._thread.start()
 
@@ -180,6 +182,7 @@ class Ledger:
                     with self._lock:
                         self._write(clean=False)
                 elif self._dirty:
+                    self._before()
                     self.sync()
             except StorageError as error:
                 _log.error("event=sync-failed error=%s", error)

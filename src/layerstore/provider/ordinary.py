@@ -149,7 +149,8 @@ class _Pieces:
     def __init__(self) -> None:
         self._queue: queue.Queue[bytes | BaseException] = queue.Queue(_PIECES)
         self._stopped = False
-        self._left = b""
+        self._piece = b""
+        self._at = 0  # of the piece at hand: cutting its head off would copy it at every read
         self._end: BaseException | None = None
 
     def put(self, data: bytes) -> None:
@@ -161,20 +162,23 @@ class _Pieces:
         self._queue.put(error or _StoppedError())
 
     def read(self, n: int, /) -> bytes:
-        while not self._left:
+        at = self._at
+        data = self._piece[at : at + n]
+        if data:
+            self._at = at + len(data)
+            return data
+        while not data:
             if self._end is None:
                 got = self._queue.get()
                 if isinstance(got, bytes):
-                    self._left = got
+                    self._piece = got
+                    data = got[:n]
+                    self._at = len(data)
                     continue
                 self._end = got
             if isinstance(self._end, _StoppedError):
                 return b""
             raise self._end
-        if len(self._left) <= n:
-            data, self._left = self._left, b""
-            return data
-        data, self._left = self._left[:n], self._left[n:]
         return data
 
     def stop(self) -> None:

@@ -421,6 +421,40 @@ class State:
                     self._uses.get(key, 0),
                 )
 
+    # -- the database itself -----------------------------------------------------------
+
+    @property
+    def changes(self) -> int:
+        """Grows with each change."""
+        return self._db.total_changes
+
+    def back_up(self, target: Path) -> None:
+        """Write a copy of the database.  Raises StorageError."""
+        fresh = target.with_name(target.name + ".new")
+        try:
+            fresh.unlink(missing_ok=True)
+            copy = sqlite3.connect(fresh)
+            try:
+                with self._lock:
+                    self._db.backup(copy)
+                copy.execute("PRAGMA journal_mode = DELETE")
+            finally:
+                copy.close()
+            fresh.replace(target)
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"cannot copy the state: {error}", subject=str(target)) from error
+
+    def reserve_slots(self, highest: int) -> None:
+        """Give no slot up to this one to a new layer."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT seq FROM sqlite_sequence WHERE name = 'layers'"
+            ).fetchone()
+            if row is not None and row[0] >= highest:
+                return
+            self._write("DELETE FROM sqlite_sequence WHERE name = 'layers'")
+            self._write("INSERT INTO sqlite_sequence VALUES ('layers', ?)", highest)
+
     def close(self) -> None:
         """Close the database."""
         with self._lock:

@@ -44,7 +44,8 @@ from layerstore.provider.refusal import (
     Refusal,
 )
 from layerstore.provider.sources import Sources
-from layerstore.provider.state import LayerRecord, State, View
+from layerstore.provider.state import LayerRecord, View
+from layerstore.provider.statefile import Backup, open_state
 from layerstore.provider.usecounts import UseCounts
 from layerstore.provider.workers import WorkerPool
 from layerstore.registry import RegistryClient
@@ -77,7 +78,8 @@ class Store:
         self._root = root
         self._client = client
         self.policy = policy or Policy()
-        self._state = State(root / "state.sqlite")
+        self._state = open_state(root)
+        self._backup = Backup(self._state, root)
         self._images = Images(self._state, client)
         self._objects = ObjectStore(root / "content")
         self._loader = Loader(root / "layers", self._state, client, self._objects.ledger)
@@ -116,7 +118,7 @@ class Store:
         self._refused: OrderedDict[int, tuple[float, Refusal]] = OrderedDict()
         self._unreachable: OrderedDict[str, tuple[float, Refusal]] = OrderedDict()
         self._uses = UseCounts(self._state)
-        self._objects.ledger.keep_syncing()
+        self._objects.ledger.keep_syncing(self._backup.renew)
         self.layers.resume()
 
     def _find_sources(self) -> None:
@@ -466,6 +468,7 @@ class Store:
         self._uses.close()
         self.layers.close()
         self._objects.close()
+        self._backup.renew(last=True)
         self._state.close()
         self._objects.ledger.end()
 
