@@ -216,7 +216,7 @@ def _file_options(options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             value = "true" if value else "false"
         elif isinstance(value, int):
-            value = f"{value:o}"  # a mode
+            value = f"{value:o}" if value else ""  # a mode; 0 is none
         if value is not None and not isinstance(value, str):
             raise ConfigError("is no string", subject=f"storage.options.{key}")
         if value:

@@ -18,10 +18,11 @@ the tools beside us do not see must not become part of their layers.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,9 +30,38 @@ from layerstore import limits
 from layerstore.errors import ConfigError, StorageError
 from layerstore.graphroot.atomic import read_file
 
+_log = logging.getLogger(__name__)
+
 DRIVER: Final = "overlay"
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "FALSE", "false", "False"})
+# What any version knows (containers/storage, pkg/config and types/options.go).  Below the tables that
+# are not here, and in those of other drivers, anything may stand.
+_KNOWN: Final[Mapping[str, frozenset[str]]] = {
+    "": frozenset(("storage",)),
+    "storage": frozenset(
+        (
+            *("driver", "driver_priority", "graphroot", "imagestore", "options"),
+            *("rootless_storage_path", "runroot", "transient_store"),
+        )
+    ),
+    "storage.options": frozenset(
+        (
+            *("additionalimagestores", "additionallayerstores", "imagestore", "pull_options"),
+            *("remap-uids", "remap-gids", "remap-user", "remap-group", "root-auto-userns-user"),
+            *("auto-userns-min-size", "auto-userns-max-size", "disable-volatile", "size"),
+            *("ignore_chown_errors", "force_mask", "mountopt", "mount_program"),
+            *("skip_mount_home", "ostree_repos", "override_kernel_check"),
+            *("aufs", "btrfs", "overlay", "overlay2", "thinpool", "vfs", "zfs"),
+        )
+    ),
+    "storage.options.overlay": frozenset(
+        (
+            *("ignore_chown_errors", "inodes", "mountopt", "mount_program", "size"),
+            *("skip_mount_home", "force_mask", "use_composefs", "sync"),
+        )
+    ),
+}
 
 
 class Place:
@@ -210,9 +240,22 @@ def _load(path: Path, *, required: bool = False) -> dict[str, Any] | None:
     except StorageError as error:
         raise ConfigError(error.what, subject=str(path)) from error
     try:
-        return tomllib.loads(data.decode())
+        content = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"is no TOML: {error}", subject=str(path)) from error
+    for key in _unknown_keys(content, ""):
+        _log.warning("%s: there is no key %s", path, key)
+    return content
+
+
+def _unknown_keys(table: Mapping[str, Any], name: str) -> Iterator[str]:
+    """What is a mistake in writing, most of the time; Podman goes on with a warning, too."""
+    for key, value in table.items():
+        whole = f"{name}.{key}" if name else key
+        if key not in _KNOWN[name]:
+            yield whole
+        elif whole in _KNOWN and isinstance(value, dict):
+            yield from _unknown_keys(value, whole)
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

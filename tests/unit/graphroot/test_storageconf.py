@@ -366,12 +366,31 @@ def test_harmless_settings(machine: Machine) -> None:
     machine.write(
         "etc/containers/storage.conf",
         '[storage]\ndriver="overlay2"\nimagestore=""\ntransient_store=false\nnew="x"\n'
-        "list=[1,2]\n[storage.options]\nuse_composefs='true'\n"
+        "list=[1,2]\n[storage.options]\nuse_composefs='true'\nforce_mask=0\n"
         '[storage.options.overlay]\nuse_composefs="false"\nforce_mask=""\n[other]\nx=1',
     )
     config = machine.config()
     config.check()
     assert config.driver == "overlay"
+
+
+def test_keys_that_no_version_knows_are_told(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = machine.write(
+        "etc/containers/storage.conf",
+        "[storage]\ndrver='overlay'\n[storage.options]\nadditionallayerstore=['/a']\n"
+        "additionallayerstores=['/b']\nsize='1G'\n[storage.options.overlay]\nmountopts='nodev'\n"
+        "[storage.options.pull_options]\nany='thing'\n[storage.options.zfs]\nany='thing'\n",
+    )
+    with caplog.at_level("WARNING", "layerstore"):
+        config = machine.config()
+    assert [spec.path for spec in config.additional_layer_stores] == [Path("/b")]
+    assert caplog.messages == [
+        f"{path}: there is no key storage.drver",
+        f"{path}: there is no key storage.options.additionallayerstore",
+        f"{path}: there is no key storage.options.overlay.mountopts",
+    ]
 
 
 def test_the_driver(machine: Machine) -> None:
