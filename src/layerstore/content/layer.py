@@ -237,6 +237,8 @@ class LayerContent:
                 for number in self._map.chunks_between(entry, offset, offset + size):
                     self._touch(number)
                 return complete
+        if partial is None and not wait:
+            return None
         partial = partial or self._partial(content)
         missing = self._missing_chunks(entry, content, partial, offset, size)
         if partial is not None and not missing:

@@ -28,7 +28,7 @@ from typing import Self
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
-from layerstore.content.files import OpenFile, OpenFiles
+from layerstore.content.files import OpenFile, OpenFiles, open_cached
 from layerstore.content.ledger import Ledger
 from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError, VerificationError
@@ -180,7 +180,8 @@ class ObjectStore:
     def open(self, digest: bytes, *, wait: bool = True) -> OpenFile | None:
         """The complete object with this SHA-256, or None.
 
-        One that is suspect is verified before, which takes its time: None if not to ``wait``.
+        One that is suspect is verified before, which takes its time, and the disk may take its
+        own: None if not to ``wait``.
         """
         if digest in self._unusable:
             return None
@@ -188,7 +189,11 @@ class ObjectStore:
 
     def _opened(self, digest: bytes, *, wait: bool) -> int:
         """A descriptor; raises FileNotFoundError where there is no object, or a damaged one."""
-        fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        path = self.path(digest)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if wait else open_cached(path)
+        except BlockingIOError:
+            raise FileNotFoundError from None
         try:
             if self.ledger.trusts(fd):
                 return fd
@@ -266,9 +271,8 @@ class ObjectStore:
         )
 
     def known_partial(self, key: bytes) -> PartialObject | None:
-        """The partial object if it is open already; never touches the disk."""
-        with self._lock:
-            return self._partials.get(key)
+        """The partial object if it is open already; never touches the disk, nor waits for it."""
+        return self._partials.get(key)  # without the lock, which is held while the disk works
 
     def partial(
         self, key: bytes, size: int, chunks: int, digest: bytes | None, *, create: bool

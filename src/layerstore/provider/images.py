@@ -8,6 +8,7 @@ searched, the host's own first.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -149,13 +150,13 @@ class Images:
                 self._state.add_document(Document(fetched.digest, fetched.media_type, fetched.raw))
                 self._state.pin(reference, fetched.digest)
             except LayerstoreError as caught:
-                error = caught
+                error = copy.copy(caught)  # without what led to it, which is large
                 raise
             finally:
                 with self._lock:
                     self._asked[reference] = (time.monotonic(), error)
                     self._asked.move_to_end(reference)
-                    while len(self._asked) > limits.TRANSIENT_NAMES:
+                    while len(self._asked) > limits.REFRESHED:
                         self._asked.popitem(last=False)
                     self._asking.pop(reference, None)
             return fetched.digest
@@ -166,7 +167,7 @@ class Images:
             when, error = self._asked.get(reference, (float("-inf"), None))
         age = time.monotonic() - when
         if error is not None and age < limits.FAILURE_SECONDS:
-            raise error
+            raise copy.copy(error)
         if error is None and age < limits.REFRESH_SECONDS:
             return self._state.pins(reference)[0]
         return None

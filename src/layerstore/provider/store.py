@@ -10,14 +10,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
 from layerstore import limits
 from layerstore.content import ObjectStore, Outages, Scheduler
-from layerstore.errors import LayerstoreError, NetworkError, StorageError
+from layerstore.errors import LayerstoreError, StorageError
 from layerstore.formats.announced import Announced, announced
 from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
 from layerstore.provider import names
@@ -43,6 +43,7 @@ from layerstore.provider.refusal import (
     REPEATED,
     Refusal,
 )
+from layerstore.provider.refusals import Refusals
 from layerstore.provider.sources import Sources
 from layerstore.provider.state import LayerRecord, View
 from layerstore.provider.statefile import Backup, open_state
@@ -115,8 +116,7 @@ class Store:
         self._lock = threading.Lock()
         self._lookups: Counter[str] = Counter()
         self._pending: dict[int, list[Answer]] = {}
-        self._refused: OrderedDict[int, tuple[float, Refusal]] = OrderedDict()
-        self._unreachable: OrderedDict[str, tuple[float, Refusal]] = OrderedDict()
+        self._refusals = Refusals(client)
         self._uses = UseCounts(self._state)
         self._objects.ledger.keep_syncing(self._backup.renew)
         self.layers.resume()
@@ -175,19 +175,23 @@ class Store:
             self._count("known")
             answer(known)
             return
+        refusal = self._refusals.recent(key, reference)
         with self._lock:
-            refusal = self._recent_refusal(key, reference)
+            waiting = self._pending.get(key)
+            if refusal is None and waiting is not None:
+                waiting.append(answer)
+                return
+            if refusal is None and len(self._pending) >= limits.RESOLVE_QUEUE:
+                refusal = Refusal(BUSY, "too many lookups are waiting")
             if refusal is None:
-                waiting = self._pending.get(key)
-                if waiting is not None:
-                    waiting.append(answer)
-                    return
                 self._pending[key] = [answer]
         if refusal is not None:
             self._count_refusal(reference, name, refusal)
             answer(refusal)
             return
-        deadline = time.monotonic() + limits.RESOLVE_SECONDS
+        self._queue(key, reference, name, time.monotonic() + limits.RESOLVE_SECONDS)
+
+    def _queue(self, key: int, reference: str, name: Digest, deadline: float) -> None:
         if not self._resolvers.submit(lambda: self._resolve(key, reference, name, deadline)):
             self._answer(key, reference, name, Refusal(BUSY, "too many lookups are waiting"))
 
@@ -223,49 +227,33 @@ class Store:
         """The images of a reference and the DiffIDs of their layers, see ``Images.chosen``."""
         return self._images.chosen(reference, platforms, deadline)
 
-    def _recent_refusal(self, key: int, reference: str) -> Refusal | None:
-        """What was refused a moment ago; an unreachable registry is not tried for each layer."""
-        now = time.monotonic()
-        when, refusal = self._refused.get(key, (0.0, None))
-        if refusal is not None and now - when < limits.FAILURE_SECONDS:
-            return refusal
-        when, refusal = self._unreachable.get(reference, (0.0, None))
-        if refusal is not None and now - when < limits.UNREACHABLE_SECONDS:
-            return refusal
-        return None
-
     def _resolve(self, key: int, reference: str, name: Digest, deadline: float) -> None:
         result: View | Refusal
         try:
             if time.monotonic() > deadline:
                 raise Refusal(BUSY, "the lookup waited too long for a worker")
-            result = self._find(reference, name, deadline)
+            meanwhile = self._refusals.recent(key, reference)
+            if meanwhile is not None:
+                raise meanwhile
+            if not self._refusals.admits(reference):
+                again = partial(self._queue, key, reference, name, deadline)
+                self._outages.later(limits.RESOLVE_TURN_SECONDS, again)
+                return
+            with self._refusals.asking(reference):
+                result = self._find(reference, name, deadline)
         except LayerstoreError as error:
             result = Refusal.of(error)
-            if reference and isinstance(error, NetworkError):
-                self._set_unreachable(reference, result)
         except Exception:
             _log.exception("lookup of %s in %s failed", name, reference)
             result = Refusal("internal", "unexpected failure, see the log")
         self._answer(key, reference, name, result)
 
-    def _set_unreachable(self, reference: str, refusal: Refusal) -> None:
-        with self._lock:
-            self._unreachable[reference] = (time.monotonic(), refusal)
-            self._unreachable.move_to_end(reference)
-            while len(self._unreachable) > limits.RESOLVE_QUEUE:
-                self._unreachable.popitem(last=False)
-
     def _answer(self, key: int, reference: str, name: Digest, result: View | Refusal) -> None:
+        if isinstance(result, Refusal) and result.reason not in _PASSING:
+            self._refusals.remember(key, result)
         with self._lock:
             waiting = self._pending.pop(key, [])
-            if isinstance(result, Refusal):
-                if result.reason not in _PASSING:
-                    self._refused[key] = (time.monotonic(), result)
-                    self._refused.move_to_end(key)
-                while len(self._refused) > limits.RESOLVE_QUEUE:
-                    self._refused.popitem(last=False)
-            else:
+            if not isinstance(result, Refusal):
                 self._lookups["resolved"] += len(waiting)
         for answer in waiting:
             if isinstance(result, Refusal):

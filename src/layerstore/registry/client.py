@@ -70,7 +70,7 @@ class RegistryClient:
         )
         self._tokens = TokenCache(settings.clock)
         self._lock = threading.Lock()
-        self._hosts: dict[tuple[str, bool], Host] = {}
+        self._hosts: OrderedDict[tuple[str, bool], Host] = OrderedDict()
         self._preferred: OrderedDict[str, tuple[float, Endpoint]] = OrderedDict()  # until when
         self._resting: dict[str, float] = {}  # host -> until when others are asked first
 
@@ -213,6 +213,16 @@ class RegistryClient:
         """
         return tuple(place.host for place in self.settings.registries.endpoints(ref, digested=True))
 
+    def answered_since(self, ref: Reference, when: float) -> bool:
+        """Whether one of these hosts answered anything since a time of ``settings.clock``.
+
+        Raises ``ConfigError``.
+        """
+        names = self.hosts(ref)
+        with self._lock:
+            known = [host for (name, _), host in self._hosts.items() if name in names]
+        return any(host.answered_at > when for host in known)
+
     def served_by(self, ref: Reference) -> Endpoint:
         """The place that served the last manifest of ``ref``'s repository, else the first to ask.
 
@@ -254,7 +264,11 @@ class RegistryClient:
                     tokens=self._tokens,
                     stats=self.stats,
                 )
-            return host
+            self._hosts.move_to_end(key)
+            idle = self._hosts.popitem(last=False)[1] if len(self._hosts) > limits.HOSTS else None
+        if idle is not None:
+            idle.close()
+        return host
 
     def _push_host(self, ref: Reference) -> tuple[Host, str]:
         place = self.settings.registries.push_endpoint(ref)
@@ -314,7 +328,9 @@ class RegistryClient:
 
     def _rest(self, place: Endpoint) -> None:
         with self._lock:
-            self._resting[place.host] = self.settings.clock() + limits.ENDPOINT_REST_SECONDS
+            now = self.settings.clock()
+            self._resting = {host: until for host, until in self._resting.items() if until > now}
+            self._resting[place.host] = now + limits.ENDPOINT_REST_SECONDS
 
     def _prefer(self, name: str, place: Endpoint) -> None:
         with self._lock:

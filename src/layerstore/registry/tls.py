@@ -10,8 +10,11 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from layerstore.errors import ConfigError
+
+_NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
 
 
 def cert_directories(
@@ -73,3 +76,20 @@ def _load(context: ssl.SSLContext, place: Path) -> None:
                 raise ConfigError("its .cert file is missing", subject=str(file))
         except OSError as error:  # ssl.SSLError included
             raise ConfigError(f"cannot be loaded: {error}", subject=str(file)) from error
+
+
+def advice(error: BaseException) -> str | None:
+    """What to do about a TLS failure that will not pass; None for any other failure."""
+    chain: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        chain += [seen, *(part for part in seen.args if isinstance(part, ssl.SSLError))]
+        seen = seen.__cause__ or seen.__context__
+    for part in chain:
+        if isinstance(part, ssl.SSLCertVerificationError):
+            return "put the registry's authority into certs.d, or set insecure = true"
+        if isinstance(part, ssl.SSLError) and part.reason in _NO_TLS:
+            return (
+                "it seems to speak plain HTTP; set insecure = true in registries.conf to allow it"
+            )
+    return None

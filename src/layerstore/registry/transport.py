@@ -41,7 +41,6 @@ _EXPIRED: Final = frozenset((400, 401, 403, 404, 410))  # of a redirect target u
 _PASSING: Final = frozenset((408, 429))
 _AUTH_ROUNDS: Final = 3  # the challenge, a stale token, changed credentials
 _UNREACHABLE: Final = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.SSLError)
-_NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
 _T = TypeVar("_T")
 
 BodySource = Callable[[], Iterable[bytes]]
@@ -99,6 +98,8 @@ class Host:
         self._managers: dict[str | None, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
         self._targets = TargetCache(settings.clock)
+        self.answered_at = float("-inf")
+        """When an answer last came that was no refusal to work (408, 429, 5xx)."""
         self._auth = Authenticator(
             store,
             tokens,
@@ -382,7 +383,7 @@ class Host:
         self._stats.add(requests=1)
         place = urlsplit(url).netloc
         try:
-            return self._manager(url).urlopen(
+            response = self._manager(url).urlopen(
                 method,
                 url,
                 headers={"User-Agent": self._settings.user_agent, **dict(headers)},
@@ -393,11 +394,14 @@ class Host:
                 preload_content=False,
                 decode_content=False,
             )
+            if response.status not in _PASSING and response.status < 500:
+                self.answered_at = self._settings.clock()
+            return response
         except (urllib3.exceptions.LocationValueError, UnicodeError) as error:
             raise RegistryError(f"no usable address: {url[:200]!r}", subject=subject) from error
         except urllib3.exceptions.HTTPError as error:
             failure = NetworkError(f"{place}: {describe(error)}", subject=subject)
-            if not self.insecure and (advice := _tls_advice(error)) is not None:
+            if not self.insecure and (advice := tls.advice(error)) is not None:
                 failure.advice = advice
                 raise failure from error
             if self.insecure and isinstance(error, _UNREACHABLE):
@@ -479,20 +483,3 @@ def _make_manager(
         pools = {"http": urllib3.HTTPConnectionPool, "https": _UncheckedPool}
         manager.pool_classes_by_scheme = pools
     return manager
-
-
-def _tls_advice(error: BaseException) -> str | None:
-    """What to do about a TLS failure that will not pass; None for any other failure."""
-    chain: list[BaseException] = []
-    seen: BaseException | None = error
-    while seen is not None:
-        chain += [seen, *(part for part in seen.args if isinstance(part, ssl.SSLError))]
-        seen = seen.__cause__ or seen.__context__
-    for part in chain:
-        if isinstance(part, ssl.SSLCertVerificationError):
-            return "put the registry's authority into certs.d, or set insecure = true"
-        if isinstance(part, ssl.SSLError) and part.reason in _NO_TLS:
-            return (
-                "it seems to speak plain HTTP; set insecure = true in registries.conf to allow it"
-            )
-    return None

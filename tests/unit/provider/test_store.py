@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import threading
@@ -7,9 +8,11 @@ import time
 
 import pytest
 
+from lab.simimages import Publisher
+from lab.simregistry import SimRegistry
 from layerstore import limits
 from layerstore.errors import LayerstoreError
-from layerstore.image import Digest
+from layerstore.image import Digest, Reference
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, ESTARGZ_UNCOMPRESSED_SIZE
 from layerstore.provider import Refusal, View
 
@@ -391,6 +394,49 @@ def test_too_many_waiting_lookups_are_refused_at_once(asker, registry, monkeypat
         asker.store.resolve(f"{registry.host}/r{number}:1", "sha256:" + "2" * 64, answered.append)
     assert time.monotonic() - start < 2
     assert sum(isinstance(a, Refusal) and a.reason == "busy" for a in answered) >= 30
+
+
+def test_a_registry_that_says_nothing_holds_no_other_up(asker, publisher, registry):
+    registry.fault("latency", match="/silent", seconds=30)
+    with SimRegistry() as living:
+        image = Publisher(living).push("app", "1", FILES)
+        answered: list[View | Refusal] = []
+        for number in range(40):
+            reference = f"{registry.host}/silent{number}:1"
+            asker.store.resolve(reference, Digest("sha256:" + "2" * 64), answered.append)
+        asker.view(ref(living), image.layers[0].toc_digest)
+        assert answered == []
+        assert registry.count() <= limits.RESOLVE_SILENT
+        # one time-out tells of all images there, until it answers anything
+        until = time.monotonic() + 20
+        while len(answered) < 40 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert {one.reason for one in answered if isinstance(one, Refusal)} <= {
+            "network", "timeout", "outage",
+        }  # fmt: skip
+        assert len(answered) == 40
+        own = publisher.push("app", "1", FILES)
+        assert asker.reason(ref(registry), own.layers[0].toc_digest) in ("network", "timeout")
+        asker.client.manifest(Reference.parse(ref(registry)))
+        asker.view(ref(registry), own.layers[1].toc_digest)
+
+
+def test_what_floods_of_lookups_leave_behind_is_bounded(asker, registry):
+    missing = Digest("sha256:" + "2" * 64)
+    for number in range(2 * limits.RESOLVE_QUEUE):
+        asker.lookup(f"{registry.host}/r{number}:1", missing)
+    refusals = asker.store._refusals
+    assert len(refusals._refused) == limits.RESOLVE_QUEUE
+    assert refusals._asking == {}
+    images = asker.store._images
+    assert len(images._asked) <= limits.REFRESHED
+    errors = [error for _, error in images._asked.values() if error is not None]
+    assert errors
+    assert all(error.__traceback__ is None for error in errors)
+    for number in range(2 * limits.HOSTS):
+        with contextlib.suppress(LayerstoreError):
+            asker.client.manifest(Reference.parse(f"127.0.0.{number + 2}:1/x:1"))
+    assert len(asker.client._hosts) == limits.HOSTS
 
 
 def test_background_completion_and_the_verified_claim(asker, publisher, registry, monkeypatch):
