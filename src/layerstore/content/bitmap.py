@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from layerstore.content.disk import Disk
-from layerstore.content.files import OpenFile
+from layerstore.content.files import OpenFile, open_to_fill
 from layerstore.errors import StorageError
 
 
@@ -41,7 +41,7 @@ class Bitmap:
 
     def _open(self) -> None:
         size = max(1, (self.length + 7) // 8)
-        self._file = OpenFile(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._file = OpenFile(open_to_fill(self._path))
         if os.fstat(self._file.fd).st_size != size:
             os.ftruncate(self._file.fd, 0)
             os.ftruncate(self._file.fd, size)

@@ -24,7 +24,7 @@ from typing import Protocol
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
-from layerstore.content.files import OpenFile
+from layerstore.content.files import OpenFile, open_to_fill
 from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError
 
@@ -84,7 +84,7 @@ class BlobFile:
         self._toc_offset = toc_offset
         self.units = table.members + 2
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = open_to_fill(path)
             self.file = OpenFile(fd)
             map_path = path.with_name(path.name + ".map")
             if os.fstat(fd).st_size != size:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -44,6 +45,16 @@ def open_cached(path: str) -> int:
     if number in _NOT_SUPPORTED:  # before Linux 5.12, or in a sandbox
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     raise OSError(number, os.strerror(number), path)
+
+
+def open_to_fill(path: Path) -> int:
+    """A descriptor to read and write a file, made if need be; only to read on a read-only disk."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 class OpenFile:

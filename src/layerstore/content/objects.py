@@ -28,7 +28,7 @@ from typing import Self
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
-from layerstore.content.files import OpenFile, OpenFiles, open_cached
+from layerstore.content.files import OpenFile, OpenFiles, open_cached, open_to_fill
 from layerstore.content.ledger import Ledger
 from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError, VerificationError
@@ -46,7 +46,7 @@ class PartialObject:
         self.path = path
         self._disk = disk
         self.map_path = path.with_name(path.name + ".map")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_to_fill(path)
         self.file = OpenFile(fd)
         if os.fstat(fd).st_size != size:
             self.map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
@@ -106,16 +106,20 @@ class ObjectWriter:
             raise self._disk.failed(error, "cannot store", self._temporary) from error
         self._size += len(data)
 
-    def publish(self, digest: bytes) -> None:
-        """What was written is the object whose SHA-256 the caller has checked."""
+    def publish(self, digest: bytes) -> bool:
+        """What was written is the object whose SHA-256 the caller has checked.
+
+        False if it was there already.
+        """
         target = self._path(digest)
         if self._ledger.trusts(target):
-            return
+            return False
         try:
             self._ledger.stamp(self._fd)
             os.rename(self._temporary, target)
         except OSError as error:
             raise self._disk.failed(error, "cannot store", target) from error
+        return True
 
 
 class ObjectStore:
@@ -244,11 +248,11 @@ class ObjectStore:
         """Whether the complete object is there."""
         return os.path.exists(self.path(digest)) and digest not in self._unusable
 
-    def put(self, digest: bytes, data: bytes | memoryview) -> None:
-        """Store a complete object whose SHA-256 the caller has checked."""
+    def put(self, digest: bytes, data: bytes | memoryview) -> bool:
+        """Store a complete object whose SHA-256 the caller has checked; False if it was there."""
         target = self.path(digest)
         if self.ledger.trusts(target) and digest not in self._unusable:
-            return
+            return False
         self.disk.check()
         temporary = f"{self._temporary}/{next(self._counter):x}"
         try:
@@ -263,6 +267,7 @@ class ObjectStore:
             _unlink_quietly(temporary)
             raise self.disk.failed(error, "cannot store", target) from error
         self._unusable.discard(digest)
+        return True
 
     def writer(self) -> ObjectWriter:
         """A large object that comes piece by piece; a context manager."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from layerstore import limits
 from layerstore.content import ObjectStore, Priority, Scheduler
 from layerstore.errors import (
+    DiskFull,
     LayerstoreError,
     NetworkError,
     ServiceError,
@@ -83,6 +84,7 @@ class Ingests:
         self._urgent: deque[Ingest] = deque()
         self._background: deque[Ingest] = deque()
         self._closed = False
+        objects.disk.when_back(self._go_on)
         self._threads = [
             threading.Thread(
                 target=self._work, args=(urgent,), name=f"ingest-{number}", daemon=True
@@ -139,8 +141,18 @@ class Ingests:
     def _over(known: Ingest, *, urgent: bool) -> bool:
         if not known.finished.is_set():
             return False
+        if isinstance(known.error, DiskFull):
+            return True  # it ends at once if there is no room yet
         age = time.monotonic() - known.ended
         return known.error is None or urgent or age > limits.INGEST_FAILED_SECONDS
+
+    def _go_on(self) -> None:
+        """The disk takes writes again: begin anew what had no room."""
+        with self._condition:
+            stopped = [one for one in self._known.values() if isinstance(one.error, DiskFull)]
+        for one in stopped:
+            for reference in one.references:
+                self.start(reference, one.descriptor, one.diff_id, urgent=False)
 
     def _trim(self) -> None:
         while len(self._known) > 2 * limits.INGEST_QUEUE:
@@ -231,11 +243,12 @@ class Ingests:
 
     def _ingest(self, ingest: Ingest, open_at: Callable[[int], Source]) -> LayerRecord:
         descriptor = ingest.descriptor
+        self._objects.disk.check()
         with ExitStack() as stack:
             try:
                 fresh = self._loader.new_directory()
             except OSError as error:
-                raise StorageError(f"cannot create: {error.strerror}") from error
+                raise self._objects.disk.failed(error, "cannot create", "layer") from error
             stack.callback(shutil.rmtree, fresh, ignore_errors=True)
 
             def count(size: int) -> None:
@@ -265,9 +278,7 @@ class Ingests:
                     shutil.rmtree(target)
                 os.rename(fresh, target)
             except OSError as error:
-                raise StorageError(f"cannot publish: {error.strerror}", subject=str(target)) from (
-                    error
-                )
+                raise self._objects.disk.failed(error, "cannot publish", target) from error
             self._state.set_complete(record.slot)
             self._state.set_verified(record.slot, layer.diff_size)
         verified = self._state.layer(record.slot)
@@ -275,6 +286,7 @@ class Ingests:
         return verified
 
     def _check(self, ingest: Ingest) -> None:
+        self._objects.disk.check()
         if self._closed or not self._scheduler.give_way(
             Priority.BACKGROUND, lambda: ingest.urgent or self._closed
         ):

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from layerstore import limits
-from layerstore.content import Ledger
+from layerstore.content import ObjectStore
 from layerstore.errors import (
     ContentError,
     DeadlineExceeded,
@@ -79,9 +79,12 @@ class LoadedToc:
 class Loader:
     """Loads TOCs into indexes below ``root`` (one directory a slot).  Thread-safe."""
 
-    def __init__(self, root: Path, state: State, client: RegistryClient, ledger: Ledger) -> None:
+    def __init__(
+        self, root: Path, state: State, client: RegistryClient, objects: ObjectStore
+    ) -> None:
         self._root = root
-        self._ledger = ledger
+        self._disk = objects.disk
+        self._ledger = objects.ledger
         self._state = state
         self._client = client
         self._external = ExternalTocs(client)
@@ -296,9 +299,7 @@ class Loader:
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
-            raise StorageError(
-                f"cannot store the index: {error.strerror}", subject=str(self._root)
-            ) from error
+            raise self._disk.failed(error, "cannot store the index", self._root) from error
         return record
 
     def _read(

@@ -33,9 +33,9 @@ from layerstore.content import ObjectStore
 from layerstore.content.blob import BlobFile
 from layerstore.errors import (
     ContentError,
+    DiskFull,
     LimitExceeded,
     NetworkError,
-    StorageError,
     VerificationError,
 )
 from layerstore.formats import Compression, LayerStream, TarEntry, TarReader
@@ -49,6 +49,7 @@ from layerstore.layertree import LayerIndex, build_index
 
 _PIECE_BYTES: Final = 1 * limits.MIB  # handed from thread to thread
 _PIECES: Final = 4
+_DIGEST_BYTES: Final = 32
 _CHUNK_BYTES: Final = 4 * limits.MIB
 _SPACING: Final = 4 * limits.MIB  # a window costs 14 KiB: a third of a percent
 _PACKINGS: Final = {
@@ -95,14 +96,16 @@ def ingest_layer(
 
     Raises VerificationError for wrong bytes, other errors of the content, NetworkError and
     what ``open_at`` and ``check`` raise, and StorageError.  The directory is of no use then;
-    objects that were stored by then are right, whatever became of the layer.
+    objects that were stored by then are right, whatever became of the layer.  Where the disk has
+    no room (DiskFull) they are removed again, so that others have it.
     """
     path = directory / "blob"
+    made = bytearray()
     try:
         with path.open("xb", buffering=0) as out:
             blob = _Blob(open_at, out.fileno(), digest, size, progress, check)
             with blob, _Plain(blob) as plain:
-                archive = _Archive(plain, objects, check)
+                archive = _Archive(plain, objects, check, made)
                 try:
                     with (directory / "index").open("wb") as index:
                         summary = build_index(
@@ -134,8 +137,12 @@ def ingest_layer(
             for unit in range(stored.units):
                 stored.mark(unit)
             objects.ledger.stamp(stored.file.fd)
-    except OSError as error:
-        raise StorageError(f"cannot store: {error.strerror}", subject=str(directory)) from error
+    except (OSError, DiskFull) as error:
+        for at in range(0, len(made), _DIGEST_BYTES):
+            objects.discard(bytes(made[at : at + _DIGEST_BYTES]))
+        if isinstance(error, OSError):
+            raise objects.disk.failed(error, "cannot store", directory) from error
+        raise
     return IngestedLayer(found, plain.size, plain.compression(), summary.entries)
 
 
@@ -371,9 +378,15 @@ class _Plain:
 
 
 class _Archive:
-    """The tar archive: each file an object, cut where the blob can be entered."""
+    """The tar archive: each file an object, cut where the blob can be entered.
 
-    def __init__(self, plain: _Plain, objects: ObjectStore, check: Callable[[], None]) -> None:
+    The digests of objects that were not there before are added to ``made``.
+    """
+
+    def __init__(
+        self, plain: _Plain, objects: ObjectStore, check: Callable[[], None], made: bytearray
+    ) -> None:
+        self._made = made
         self._plain = plain
         self._objects = objects
         self._check = check
@@ -394,7 +407,8 @@ class _Archive:
                 missing -= len(pieces[-1])
             data = b"".join(pieces)
         digest = hashlib.sha256(data).digest()
-        self._objects.put(digest, data)
+        if self._objects.put(digest, data):
+            self._made += digest
         return FileRead(digest, self._cut(entry.payload_offset, data, digest))
 
     def _read_large(self, entry: TarEntry) -> FileRead:
@@ -412,7 +426,8 @@ class _Archive:
                 pieces += self._cut(offset, data, None)
                 offset += len(data)
             digest = running.digest()
-            writer.publish(digest)
+            if writer.publish(digest):
+                self._made += digest
         return FileRead(digest, tuple(pieces))
 
     def _cut(self, start: int, data: bytes, digest: bytes | None) -> tuple[Piece, ...]:

@@ -17,17 +17,21 @@ disk in the thread that makes them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sqlite3
 import threading
 import time
 from pathlib import Path
 
-from layerstore.errors import StorageError
+from layerstore.errors import DiskFull, StorageError
 from layerstore.formats.announced import Form
 from layerstore.image import Digest
 from layerstore.provider import names
 from layerstore.provider.dialect import Dialect
 
+_log = logging.getLogger(__name__)
+
+_NOTHING_GOES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
 _VERSION = 2
 _LAYERS = """
 CREATE TABLE {name} (
@@ -136,17 +140,32 @@ class State:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.RLock()
+        self._unsaved: set[int] = set()
         try:
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            try:
+                self._db = self._connected("NORMAL")
+            except sqlite3.OperationalError:
+                # A full disk has no room for the file that processes share; one alone needs none.
+                self._db = self._connected("EXCLUSIVE")
             path.chmod(0o600)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
             self._create()
             self._load()
         except (sqlite3.Error, OSError) as error:
             raise StorageError(
                 f"cannot open the state database: {error}", subject=str(path)
             ) from error
+
+    def _connected(self, locking: str) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+        try:
+            database.execute(f"PRAGMA locking_mode = {locking}")
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except sqlite3.Error:
+            database.close()
+            raise
+        return database
 
     def _create(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -212,7 +231,29 @@ class State:
         try:
             return self._db.execute(sql, values)
         except sqlite3.Error as error:
-            raise StorageError(f"cannot write: {error}", subject=str(self._path)) from error
+            primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            kind = DiskFull if primary in _NOTHING_GOES else StorageError
+            raise kind(f"cannot write: {error}", subject=str(self._path)) from error
+
+    def _save_layer(self, slot: int) -> None:
+        """Write what was found out of a layer; what the disk does not take, another time."""
+        record = self._layers[slot]
+        try:
+            self._write(
+                "UPDATE layers SET complete = ?, diff_size = ?, quarantine = ? WHERE slot = ?",
+                slot in self._complete, record.diff_size, record.quarantine, slot,
+            )  # fmt: skip
+        except DiskFull as error:
+            self._unsaved.add(slot)
+            _log.error("event=layer-not-saved slot=%d error=%s", slot, error)
+        else:
+            self._unsaved.discard(slot)
+
+    def save_layers(self) -> None:
+        """Write what the disk did not take before."""
+        with self._lock:
+            for slot in tuple(self._unsaved):
+                self._save_layer(slot)
 
     # -- documents and pins ------------------------------------------------------
 
@@ -342,14 +383,14 @@ class State:
     def set_verified(self, slot: int, diff_size: int) -> None:
         """Everything that is claimed of the layer is true; its tar stream has this length."""
         with self._lock:
-            self._write("UPDATE layers SET diff_size = ? WHERE slot = ?", diff_size, slot)
             self._layers[slot] = dataclasses.replace(self._layers[slot], diff_size=diff_size)
+            self._save_layer(slot)
 
     def quarantine(self, slot: int, why: str) -> None:
         """Something that is claimed of the layer is false: it is never shown again."""
         with self._lock:
-            self._write("UPDATE layers SET quarantine = ? WHERE slot = ?", why, slot)
             self._layers[slot] = dataclasses.replace(self._layers[slot], quarantine=why)
+            self._save_layer(slot)
 
     def is_complete(self, slot: int) -> bool:
         """Whether the whole blob was stored and its digest checked."""
@@ -358,11 +399,8 @@ class State:
     def set_complete(self, slot: int, complete: bool = True) -> None:
         """Remember whether the whole blob is stored and its digest was checked."""
         with self._lock:
-            self._write("UPDATE layers SET complete = ? WHERE slot = ?", complete, slot)
-            if complete:
-                self._complete.add(slot)
-            else:
-                self._complete.discard(slot)
+            (self._complete.add if complete else self._complete.discard)(slot)
+            self._save_layer(slot)
 
     # -- views ---------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class Store:
         self._backup = Backup(self._state, root)
         self._images = Images(self._state, client)
         self._objects = ObjectStore(root / "content")
-        self._loader = Loader(root / "layers", self._state, client, self._objects.ledger)
+        self._loader = Loader(root / "layers", self._state, client, self._objects)
         self._scheduler = Scheduler()
         self._outages = Outages()
         self._sources = Sources(client, self.policy.patience)
@@ -101,14 +101,9 @@ class Store:
             background=background,
         )
         self.fetches = Fetches(
-            self._state,
-            self._images,
-            self._loader,
-            self.layers,
-            self.ingests,
-            self._sources,
-            self.indexes,
-        )
+            self._state, self._images, self._loader, self.layers, self.ingests,
+            self._sources, self.indexes,
+        )  # fmt: skip
         self.checks = Checks(Place(root, self._state, self._objects, self._loader, self.layers))
         self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
@@ -119,6 +114,8 @@ class Store:
         self._refusals = Refusals(client)
         self._uses = UseCounts(self._state)
         self._objects.ledger.keep_syncing(self._backup.renew)
+        self._objects.disk.when_back(self._uses.save_soon)
+        self._objects.disk.when_back(self._state.save_layers)
         self.layers.resume()
 
     def _find_sources(self) -> None:
@@ -269,6 +266,7 @@ class Store:
         )  # fmt: skip
 
     def _find(self, reference: str, name: Digest, deadline: float) -> View:
+        self._objects.disk.check()  # what is found now could not be remembered
         match = (
             self._images.find(reference, name, deadline)
             if reference

@@ -32,6 +32,10 @@ class UseCounts:
             self._changed.add(key)
         self._wanted.set()
 
+    def save_soon(self) -> None:
+        """Write what could not be written before."""
+        self._wanted.set()
+
     def close(self) -> None:
         """Write what is not written yet."""
         self._closed = True
