@@ -235,9 +235,8 @@ class Fetches:
         descriptor: Descriptor,
         diff_id: Digest,
     ) -> None:
-        known = self._ingests.here(descriptor.digest, diff_id) or self._indexes.given(
-            descriptor.digest, diff_id
-        )
+        known = self._ingests.here(descriptor.digest, diff_id)
+        known = known or self._indexes.given(descriptor, diff_id)
         if known is not None:
             self._complete(job, layer, reference, known)
             return

@@ -34,9 +34,10 @@ from layerstore.formats.announced import Form
 from layerstore.formats.checkpoints import Checkpoints
 from layerstore.formats.compression import zstd
 from layerstore.formats.members import Packing
-from layerstore.image import Digest
+from layerstore.image import Descriptor, Digest
 from layerstore.layertree import LayerIndex
 from layerstore.provider.loader import Loader
+from layerstore.provider.refuted import refuted
 from layerstore.provider.state import LayerRecord, State
 
 _VERSION: Final = 1
@@ -71,10 +72,12 @@ class Indexes:
         self._loader = loader
         self._lock = threading.Lock()
 
-    def given(self, digest: Digest, diff_id: Digest) -> LayerRecord | None:
+    def given(self, descriptor: Descriptor, diff_id: Digest) -> LayerRecord | None:
         """The layer of which an index was loaded and that nothing was found wrong with."""
-        record = self._state.find_layer(digest, None, diff_id)
-        if record is None or record.quarantine or record.tar_length is None:
+        record = self._state.find_layer(descriptor.digest, None, diff_id)
+        if record is None or record.tar_length is None or record.size != descriptor.size:
+            return None
+        if refuted(self._state, record.blob_digest, None, diff_id) is not None:
             return None
         return record if (self._loader.directory(record.slot) / "index").exists() else None
 

@@ -42,6 +42,7 @@ from layerstore.image import Reference
 from layerstore.layertree import LayerIndex
 from layerstore.provider.agreement import check_agreement
 from layerstore.provider.loader import Loader
+from layerstore.provider.refuted import Claim, also_false
 from layerstore.provider.sources import Sources
 from layerstore.provider.state import LayerRecord, State
 from layerstore.provider.verifier import Verifier
@@ -386,11 +387,10 @@ class Layers:
             self._open.pop(slot, None)
             self._incomplete(slot)
         elif failure is not None:
-            self.quarantine(slot, str(failure))
+            self.quarantine(slot, Claim.TOC, str(failure))
         elif record.diff_id not in (None, facts.diff_id):
-            self.quarantine(
-                slot, f"the config states diff ID {record.diff_id}, it is {facts.diff_id}"
-            )
+            why = f"the config states diff ID {record.diff_id}, it is {facts.diff_id}"
+            self.quarantine(slot, Claim.DIFF_ID, why)
         else:
             self._state.set_verified(slot, facts.diff_size)
             _log.info("event=layer-verified layer=%s", record.blob_digest)
@@ -405,20 +405,22 @@ class Layers:
         error = None if layer is None else layer.content.blob_error
         if error is None:
             return False
-        self.quarantine(slot, str(error))
+        self.quarantine(slot, Claim.TOC, str(error))
         return True
 
-    def quarantine(self, slot: int, why: str) -> None:
-        """Something that is claimed of the layer is false: it is never shown again."""
+    def quarantine(self, slot: int, claim: Claim, why: str) -> None:
+        """A claim about the layer is false: neither it nor who claims the same is shown again."""
         record = self._state.layer(slot)
         if record is None or record.quarantine:
             return
-        self._state.quarantine(slot, why)
+        self._state.quarantine(slot, f"{claim}: {why}")
         with self._lock:
             self._open.pop(slot, None)
             self._completing.discard(slot)
         _log.error("event=layer-quarantined layer=%s reason=%s", record.blob_digest, why)
         self.quarantined(slot)
+        for other in also_false(self._state, record):
+            self.quarantine(other.slot, claim, why)
 
     def status(self) -> list[dict[str, object]]:
         """One report a known layer, for ``layerstore status``."""

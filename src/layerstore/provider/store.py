@@ -44,6 +44,7 @@ from layerstore.provider.refusal import (
     Refusal,
 )
 from layerstore.provider.refusals import Refusals
+from layerstore.provider.refuted import Claim, refuted
 from layerstore.provider.sources import Sources
 from layerstore.provider.state import LayerRecord, View
 from layerstore.provider.statefile import Backup, open_state
@@ -169,7 +170,7 @@ class Store:
         key = names.name_hash(reference, name)
         known = self._state.view(key)
         if known is not None:
-            self._count("known")
+            self.count_lookup("known")
             answer(known)
             return
         refusal = self._refusals.recent(key, reference)
@@ -259,7 +260,7 @@ class Store:
 
     def _count_refusal(self, reference: str, name: Digest, refusal: Refusal) -> None:
         """Each refused lookup is one line in the log and one more of its reason."""
-        self._count(refusal.reason)
+        self.count_lookup(refusal.reason)
         _log.warning(
             "event=lookup-refused reason=%s reference=%s layer=%s detail=%s",
             refusal.reason, reference or "-", name, refusal,
@@ -295,10 +296,11 @@ class Store:
     def _load(self, match: Match, diff_id: Digest, deadline: float) -> LayerRecord:
         """The layer by its TOC, which is loaded if need be."""
         self._load_others(match, deadline)
-        record = self._loader.load(match.reference, match.descriptor, diff_id, deadline)
-        if record.quarantine:
-            raise Refusal(QUARANTINED, f"the layer is in quarantine: {record.quarantine}")
-        return record
+        toc = announced(match.descriptor).toc_digest
+        why = refuted(self._state, match.descriptor.digest, toc, diff_id)
+        if why is not None:
+            raise Refusal(QUARANTINED, f"the layer is in quarantine: {why}")
+        return self._loader.load(match.reference, match.descriptor, diff_id, deadline)
 
     def _find_by_blob(self, match: Match, diff_id: Digest, deadline: float) -> LayerRecord:
         """The layer for a client that will believe what ``info`` says of blob and diff ID."""
@@ -322,13 +324,11 @@ class Store:
     ) -> LayerRecord | None:
         """The layer by its TOC, or by an index that this node was given."""
         if promised.form.lazy:
-            record = self._load(match, diff_id, deadline)
+            record: LayerRecord | None = self._load(match, diff_id, deadline)
         else:
-            given = self.indexes.given(match.descriptor.digest, diff_id)
-            if given is None or given.size != match.descriptor.size:
-                return None
-            record = given
-        self._check_claims(record)
+            record = self.indexes.given(match.descriptor, diff_id)
+        if record is not None:
+            self._check_claims(record)
         return record
 
     def _check_claims(self, record: LayerRecord) -> None:
@@ -341,7 +341,7 @@ class Store:
         for other in others:
             if other.verified and other.diff_id != record.diff_id:
                 why = f"the config states diff ID {record.diff_id}, it is {other.diff_id}"
-                self.layers.quarantine(record.slot, why)
+                self.layers.quarantine(record.slot, Claim.DIFF_ID, why)
                 raise Refusal(QUARANTINED, why)
         if others:
             for slot in (record.slot, *(other.slot for other in others)):
@@ -398,13 +398,10 @@ class Store:
         record = self._state.layer(view.slot)
         return record is not None and bool(record.quarantine)
 
-    def _count(self, result: str) -> None:
+    def count_lookup(self, result: str) -> None:
+        """Count a lookup by its result or reason."""
         with self._lock:
             self._lookups[result] += 1
-
-    def count_lookup(self, result: str) -> None:
-        """Count a lookup that was answered elsewhere, by its result or reason."""
-        self._count(result)
 
     # -- use counts ---------------------------------------------------------------------
 

@@ -212,6 +212,33 @@ def test_blob_with_a_wrong_digest_is_never_shown_but_its_files_are(make_lab):
     assert lab.read(1) == b"two" * 30
 
 
+def test_two_who_look_at_the_same_wrong_bytes_are_no_second_proof(make_lab):
+    """Only what came a second time shows that the registry has another blob."""
+    lab = make_lab([b"one" * 30, b"two" * 30])
+    good = lab.source.blob
+    lab.source.blob = good[:3] + bytes([good[3] ^ 1]) + good[4:]
+    while not lab.content.filled:
+        assert lab.content._fetcher.sweep() is None
+    real, waiting = lab.content._whole.verify, threading.Barrier(2)
+    found: list[bool] = []
+
+    def look() -> None:
+        waiting.wait()
+        found.append(real())
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [False, False]
+    assert lab.content.blob_error is None
+    lab.source.blob = good
+    while lab.content.complete_step():
+        pass
+    assert lab.content.complete
+
+
 def test_a_file_digest_that_contradicts_its_chunks_is_refused(make_lab):
     lab = make_lab([os.urandom(5000)])
     lab.layer.lie_about(0, hashlib.sha256(b"something popular").digest())

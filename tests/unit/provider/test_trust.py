@@ -152,6 +152,45 @@ def complete_or_doubt(asker, view: View) -> None:
     until(lambda: state_of(asker, view) == "quarantined")
 
 
+def test_who_repeats_a_lie_is_refused_at_once_whatever_else_they_claim(asker, publisher, registry):
+    honest, evil = attack(asker, publisher, registry)
+    lie = "sha256:" + "6" * 64
+    for repository in ("again", "third"):
+        registry.lie_about(repository, honest.layers[0].digest, simimages.layer(EVIL[0])[1])
+
+    def another_diff_id(manifest: dict[str, Any]) -> None:
+        change_layer(manifest)
+        config = {
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [lie]},
+        }
+        raw = json.dumps(config).encode()
+        for repository in ("again", "third"):
+            digest = registry.add_blob(repository, raw)
+        manifest["config"] |= {"digest": digest, "size": len(raw)}
+
+    evil_manifest = json.loads(registry.manifests["evil", "1"][0])
+
+    def change_layer(manifest: dict[str, Any]) -> None:
+        manifest["layers"] = evil_manifest["layers"]
+
+    publisher.push("again", "1", EVIL, change=another_diff_id)
+    # both are offered by now, and one of them is found out
+    first = asker.view(ref(registry, "evil"), evil.toc_digest)
+    second = asker.view(ref(registry, "again"), evil.toc_digest)
+    assert first.slot != second.slot
+    complete_or_doubt(asker, first)
+    assert state_of(asker, second) == "quarantined"
+
+    lie = "sha256:" + "8" * 64
+    publisher.push("third", "1", EVIL, change=another_diff_id)
+    for _ in range(2):
+        for name in (evil.toc_digest, evil_manifest["layers"][0]["digest"]):
+            assert asker.reason(ref(registry, "third"), name) == "quarantined"
+        asker.restart()
+
+
 def test_where_layers_must_be_verified_first_the_attack_fails_from_the_start(
     asker, publisher, registry
 ):
