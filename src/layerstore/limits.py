@@ -116,6 +116,7 @@ SYNC_STOP_SECONDS: Final = 1.0  # the end of the service waits so long for the d
 # -- provider ------------------------------------------------------------------
 RESOLVE_SECONDS: Final = 25.0  # a lookup of `diff` is answered by then
 RESOLVE_QUEUE: Final = 256  # lookups waiting for a resolver
+RESOLVE_QUEUE_SHARE: Final = 128  # of them for one registry
 RESOLVE_WORKERS: Final = 8
 RESOLVE_SILENT: Final = 4  # of them may wait for a registry that says nothing
 RESOLVE_TURN_SECONDS: Final = 0.2  # then the next ones look whether it is their turn

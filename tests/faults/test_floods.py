@@ -129,6 +129,7 @@ def test_a_flood_of_lookups_at_a_registry_that_hangs(
     refused = {reason for reason in status["lookups"] if reason not in ("known", "resolved")}
     assert refused <= {"outage", "busy", "network", "timeout"}
     assert sum(status["lookups"][reason] for reason in refused) == LOOKUPS
+    assert status["lookups"]["resolved"] == 2 * 3
     assert status["fuse"]["events"]["open"] <= 1
     assert status["fuse"]["events"]["handler_errors"] == 0
 

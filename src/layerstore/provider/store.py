@@ -112,6 +112,7 @@ class Store:
         self._lock = threading.Lock()
         self._lookups: Counter[str] = Counter()
         self._pending: dict[int, list[Answer]] = {}
+        self._waiting: Counter[str] = Counter()  # lookups by registry
         self._refusals = Refusals(client)
         self._uses = UseCounts(self._state)
         self._objects.ledger.keep_syncing(self._backup.renew)
@@ -179,10 +180,14 @@ class Store:
             if refusal is None and waiting is not None:
                 waiting.append(answer)
                 return
-            if refusal is None and len(self._pending) >= limits.RESOLVE_QUEUE:
+            if refusal is None and (
+                len(self._pending) >= limits.RESOLVE_QUEUE
+                or self._waiting[_registry(reference)] >= limits.RESOLVE_QUEUE_SHARE
+            ):
                 refusal = Refusal(BUSY, "too many lookups are waiting")
             if refusal is None:
                 self._pending[key] = [answer]
+                self._waiting[_registry(reference)] += 1
         if refusal is not None:
             self._count_refusal(reference, name, refusal)
             answer(refusal)
@@ -251,6 +256,8 @@ class Store:
             self._refusals.remember(key, result)
         with self._lock:
             waiting = self._pending.pop(key, [])
+            self._waiting[_registry(reference)] -= 1
+            self._waiting += Counter()  # forgets those of whom none waits
             if not isinstance(result, Refusal):
                 self._lookups["resolved"] += len(waiting)
         for answer in waiting:
@@ -454,6 +461,10 @@ class Store:
         self._backup.renew(last=True)
         self._state.close()
         self._objects.ledger.end()
+
+
+def _registry(reference: str) -> str:
+    return reference.partition("/")[0]
 
 
 def _is_lazy(descriptor: Descriptor) -> bool:
