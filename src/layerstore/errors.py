@@ -202,6 +202,10 @@ class DiskFull(StorageError):
     code = "no-room"
 
 
+class NoRoom(DiskFull):
+    """The limit of the store's disk use, or the reserve of its file system, is reached."""
+
+
 class CorruptStorage(StorageError):
     """A graph root whose records or files contradict each other or cannot be read."""
 

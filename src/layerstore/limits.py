@@ -133,7 +133,24 @@ INGEST_WORKERS: Final = 2  # ordinary layers that somebody waits for, at once
 INGEST_QUEUE: Final = 1024  # ordinary layers to be fetched in the background
 INGEST_FAILED_SECONDS: Final = 60.0  # a layer whose fetch failed is not tried again sooner
 INDEX_FILE_BYTES: Final = 1024 * MIB  # an index, or checkpoints, out of a file of indexes
-DISK_KEEP_FREE: Final = 0.1  # of the file system, before ordinary layers are fetched ahead
+DISK_KEEP_FREE: Final = 0.1  # of the file system stays free of what is fetched ahead
+DISK_HIGH: Final = 0.9  # of the limit: eviction begins, and nothing more is fetched ahead
+DISK_LOW: Final = 0.75  # of the limit: eviction ends
+DISK_LIMIT_MIN_BYTES: Final = 16 * MIB  # no limit may be below
+DISK_BLOCK_BYTES: Final = 4096  # files are counted in such blocks
+DISK_COUNT_BYTES: Final = 64 * MIB  # written before it is noted down how much is used
+DISK_UNCOUNTED_BYTES: Final = 16 * MIB  # of the limit, at most, are left to what is not counted
+DISK_FULL_BYTES: Final = 1024 * MIB  # room that is made, at most, when the disk itself is full
+DISK_FULL_MIN_BYTES: Final = 64 * MIB  # and at least
+EVICTION_WAIT_SECONDS: Final = 10.0  # a read on demand waits so long for room on the disk
+EVICTION_REST_SECONDS: Final = 5.0  # after no more room could be made nobody waits for it
+EVICTION_PAUSE_SECONDS: Final = 1.0  # between looks at who wants room
+EVICTION_YOUNG_SECONDS: Final = 10.0  # files of running containers are not evicted sooner
+DISK_LOOK_SECONDS: Final = 60.0  # between looks at the disk and at what was used
+DISK_MEASURE_SECONDS: Final = 900.0  # between measurements of all that is stored
+RECENCY_SECONDS: Final = 600.0  # when a layer was last used is noted down this exactly
+PULL_SECONDS: Final = 600.0  # a layer that a client has just taken counts as used so long
+RETURN_SHARE: Final = 0.25  # of an evicted layer is read before all of it is fetched again
 CHECK_FINDINGS: Final = 10_000  # of a check of the cache that are listed
 FETCH_JOBS: Final = 64  # of `layerstore fetch` that are remembered
 
@@ -149,6 +166,7 @@ CONTROL_REQUEST_BYTES: Final = 64 * KIB
 CONTROL_ANSWER_BYTES: Final = 64 * MIB
 CONTROL_CONNECTIONS: Final = 32
 CONTROL_SECONDS: Final = 10.0
+CONTROL_DISK_SECONDS: Final = 600.0  # looking at all that is stored, and removing it
 
 # -- keeper and server ------------------------------------------------------------
 KEEPER_MESSAGE_BYTES: Final = 128 * KIB

@@ -40,6 +40,8 @@ VERBS: Final = {
         "load-index": "indexes:load_index",
         "explain": "explain:explain",
         "inspect-layer": "inspectlayer:inspect_layer",
+        "df": "diskuse:df",
+        "gc": "diskuse:gc",
     },
     "Moving images": {
         "pull": "pull:pull",

@@ -7,6 +7,7 @@ from layerstore.content.layermap import LayerMap
 from layerstore.content.ledger import Ledger
 from layerstore.content.objects import ObjectStore
 from layerstore.content.outages import Outages
+from layerstore.content.room import DiskRoom, Room
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.content.stream import ByteSource
@@ -14,6 +15,7 @@ from layerstore.content.stream import ByteSource
 __all__ = [
     "ByteSource",
     "ContentStats",
+    "DiskRoom",
     "LayerContent",
     "LayerMap",
     "LayerStats",
@@ -22,6 +24,7 @@ __all__ = [
     "OpenFile",
     "Outages",
     "Priority",
+    "Room",
     "Scheduler",
     "is_passing",
 ]

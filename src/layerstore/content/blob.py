@@ -24,7 +24,12 @@ from typing import Protocol
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
+<<<<<<< HEAD
 from layerstore.content.files import OpenFile, open_to_fill
+=======
+from layerstore.content.files import OpenFile
+from layerstore.content.room import Room
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
 from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError
 
@@ -44,6 +49,17 @@ class MemberTable(Protocol):
     @property
     def members(self) -> int: ...
     def member(self, number: int) -> Member: ...
+
+
+class Cache(Protocol):
+    """What the blobs of all layers share (see ObjectStore)."""
+
+    @property
+    def disk(self) -> Disk: ...
+    @property
+    def shelf(self) -> Shelf: ...
+    @property
+    def room(self) -> Room: ...
 
 
 class Range:
@@ -73,13 +89,11 @@ class BlobFile:
         table: MemberTable,
         size: int,
         toc_offset: int,
-        disk: Disk,
-        shelf: Shelf,
+        cache: Cache,
     ) -> None:
         self.path = path
         self.size = size
-        self.disk = disk
-        self.shelf = shelf
+        self.disk, self.shelf, self._room = cache.disk, cache.shelf, cache.room
         self._table = table
         self._toc_offset = toc_offset
         self.units = table.members + 2
@@ -90,9 +104,9 @@ class BlobFile:
             if os.fstat(fd).st_size != size:
                 map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
                 os.ftruncate(fd, size)
-            self.present = Bitmap(map_path, self.units, disk)
+            self.present = Bitmap(map_path, self.units, self.disk)
         except OSError as error:
-            raise disk.failed(error, "cannot open", path) from error
+            raise self.disk.failed(error, "cannot open", path) from error
         for unit in (0, self.units - 1):
             offset, end = self.extent(unit)
             if offset == end:
@@ -124,10 +138,15 @@ class BlobFile:
         """Whether the unit is a member with file contents (not head or tail)."""
         return 0 < unit < self.units - 1
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Put bytes in their place; mark() says that a unit has all of its bytes."""
+    def write(self, offset: int, data: bytes | memoryview, *, ahead: bool = False) -> None:
+        """Put bytes in their place; mark() says that a unit has all of its bytes.
+
+        ``ahead`` says that nobody waits for them.  Raises NoRoom if the limits do not
+        allow them.
+        """
         self.disk.check()
         view = memoryview(data)
+        self._room.charge(len(view), ahead=ahead)
         end = offset + len(view)
         while view:
             try:

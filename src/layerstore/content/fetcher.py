@@ -23,6 +23,7 @@ from layerstore.errors import (
     NetworkError,
     RegistryError,
     ServiceError,
+    StorageError,
 )
 
 _log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ class Fetcher:
                     self._join(flight, other)
                     return
                 offset, end = response.start, self._blob.size
-            with Landing(self._blob) as landing:
+            with Landing(self._blob, lambda: _is_ahead(flight)) as landing:
                 while flight.position <= flight.last and offset < end:
                     # no further than the flight still goes: it may have been cut meanwhile
                     wanted = min(end, self._end(flight.last)) - offset
@@ -284,7 +285,7 @@ class Fetcher:
                         flight.brought += 1
                         self._land(flight)
                     if landing.in_memory:
-                        self._check_use(flight)
+                        self._check_use(flight, landing.refusal)
                     self._keep_going(flight)
             if flight.priority is Priority.DEMAND:  # others rest in between
                 self._pace.measured(latency, offset - begin, time.monotonic() - asked)
@@ -314,7 +315,7 @@ class Fetcher:
     def _end(self, unit: int) -> int:
         return self._blob.extent(unit)[1]
 
-    def _check_use(self, flight: Flight) -> None:
+    def _check_use(self, flight: Flight, refusal: StorageError | None = None) -> None:
         """Raise DiskFull if the disk takes nothing and memory helps nobody who waits.
 
         A little more than was asked for is brought nevertheless: a next read may want it.
@@ -328,6 +329,8 @@ class Fetcher:
             for unit in range(flight.position, flight.last + 1):
                 if any(not waiter.stored for waiter in self._waiters.get(unit, ())):
                     return
+        if isinstance(refusal, DiskFull):
+            raise refusal
         raise DiskFull("the disk takes nothing", subject=self.name)
 
     def _join(self, flight: Flight, other: Flight) -> None:
@@ -375,6 +378,11 @@ def _may_pass(error: Exception) -> bool:
     """The same, or an answer that contradicts itself: the next one may be right."""
     garbled = isinstance(error, RegistryError) and not error.status
     return garbled or is_passing(error)
+
+
+def _is_ahead(flight: Flight) -> bool:
+    """Whether nobody waits for what the flight brings next."""
+    return flight.priority is not Priority.DEMAND and not flight.urgent
 
 
 class _Units:

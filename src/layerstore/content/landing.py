@@ -6,6 +6,7 @@ unit is held as soon as it is whole; what had been written of it by then is read
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -17,11 +18,15 @@ from layerstore.errors import DiskFull, StorageError
 class Landing:
     """The bytes of consecutive units of ``blob``.  A context manager, for one thread.
 
+    ``ahead`` says whether nobody waits for them.
     Methods raise StorageError where the bytes can be put nowhere.
     """
 
-    def __init__(self, blob: BlobFile) -> None:
+    def __init__(self, blob: BlobFile, ahead: Callable[[], bool]) -> None:
         self._blob = blob
+        self._ahead = ahead
+        self.refusal: StorageError | None = None
+        """Why the file does not take the bytes."""
         self._gathered: bytearray | None = None
         self._room = ExitStack()
         self._room_for = -1
@@ -52,8 +57,9 @@ class Landing:
                 if whole:
                     self._write_missing(unit, offset, memoryview(data))
                 else:
-                    self._blob.write(offset, data)
-            except StorageError:
+                    self._blob.write(offset, data, ahead=self._ahead())
+            except StorageError as error:
+                self.refusal = error
                 self._make_room(unit)
                 start = self._blob.extent(unit)[0]
                 self._gathered = bytearray(self._written(start, offset))
@@ -69,7 +75,7 @@ class Landing:
             start, stop = blob.extent(unit)
             start, stop = max(start, offset), min(stop, end)
             if start < stop and not blob.present[unit]:
-                blob.write(start, view[start - offset : stop - offset])
+                blob.write(start, view[start - offset : stop - offset], ahead=self._ahead())
             unit += 1
 
     def _written(self, offset: int, end: int) -> bytes:

@@ -43,7 +43,7 @@ class LayerContent:
     the registry; ``codec`` takes its members apart; ``digest`` is the announced
     SHA-256 (hex) of the blob; ``distrust`` is called when bytes that came were
     wrong, before they are fetched again; ``outages``, ``places`` and ``patience`` are those
-    of Fetcher.
+    of Fetcher; ``counts`` are those of the layer so far.
     """
 
     def __init__(
@@ -64,14 +64,15 @@ class LayerContent:
         places: Callable[[], str] = lambda: "",
         patience: Callable[[], float] = lambda: limits.OUTAGE_FAIL_SECONDS,
         verified: bool = False,
+        counts: LayerStats | None = None,
         distrust: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
-        self.stats = LayerStats(total_bytes=size)
+        self.stats = counts or LayerStats(total_bytes=size)
+        self.used = False  # somebody read from it since this was last set back
         self._map = layer_map
-        self._disk = objects.disk
-        self._shelf = objects.shelf
-        self._blob = BlobFile(path, layer_map, size, toc_offset, self._disk, self._shelf)
+        self._disk, self._shelf = objects.disk, objects.shelf
+        self._blob = BlobFile(path, layer_map, size, toc_offset, objects)
         self._objects = objects
         self._totals = stats
         self._ingester = Ingester(name, layer_map, codec, objects, scheduler, self.stats, stats)
@@ -226,6 +227,7 @@ class LayerContent:
     def _stored(
         self, entry: int, content: FileContent, offset: int, size: int, *, wait: bool = True
     ) -> OpenFile | None:
+        self.used = True
         if content.plain:
             self._touch(content.first_chunk)
             return self._objects.open(content.key, wait=wait)

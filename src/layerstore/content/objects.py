@@ -30,6 +30,8 @@ from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
 from layerstore.content.files import OpenFile, OpenFiles, open_cached, open_to_fill
 from layerstore.content.ledger import Ledger
+from layerstore.content.measure import StoredObject
+from layerstore.content.room import Room
 from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError, VerificationError
 
@@ -42,9 +44,10 @@ _VERIFYING = 16  # locks that keep several readers from verifying one object
 class PartialObject:
     """A file of ``chunks`` chunks that is being filled."""
 
-    def __init__(self, path: Path, size: int, chunks: int, disk: Disk) -> None:
+    def __init__(self, path: Path, size: int, chunks: int, disk: Disk, room: Room) -> None:
         self.path = path
         self._disk = disk
+        self._room = room
         self.map_path = path.with_name(path.name + ".map")
         fd = open_to_fill(path)
         self.file = OpenFile(fd)
@@ -61,6 +64,7 @@ class PartialObject:
         Raises StorageError, DiskFull when the disk takes nothing.
         """
         self._disk.check()
+        self._room.charge(len(data))
         try:
             _write_all(self.file.fd, data, offset)
         except OSError as error:
@@ -77,12 +81,18 @@ class ObjectWriter:
     """An object under way; forgotten unless it is published.  Raises StorageError."""
 
     def __init__(
-        self, temporary: str, path: Callable[[bytes], str], disk: Disk, ledger: Ledger
+        self,
+        temporary: str,
+        path: Callable[[bytes], str],
+        disk: Disk,
+        ledger: Ledger,
+        charge: Callable[[int], None],
     ) -> None:
         self._temporary = temporary
         self._path = path
         self._disk = disk
         self._ledger = ledger
+        self._charge = charge
 
     def __enter__(self) -> Self:
         self._disk.check()
@@ -100,6 +110,7 @@ class ObjectWriter:
 
     def write(self, data: bytes) -> None:
         """The next bytes."""
+        self._charge(len(data))
         try:
             _write_all(self._fd, data, self._size)
         except OSError as error:
@@ -130,7 +141,8 @@ class ObjectStore:
     Thread-safe.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, room: Room | None = None) -> None:
+        self.room = room or Room()
         self.disk = Disk(root / "tmp")
         self.shelf = Shelf()
         self._objects = os.fspath(root / "objects")
@@ -248,12 +260,21 @@ class ObjectStore:
         """Whether the complete object is there."""
         return os.path.exists(self.path(digest)) and digest not in self._unusable
 
+<<<<<<< HEAD
     def put(self, digest: bytes, data: bytes | memoryview) -> bool:
         """Store a complete object whose SHA-256 the caller has checked; False if it was there."""
+=======
+    def put(self, digest: bytes, data: bytes | memoryview, *, ahead: bool = False) -> None:
+        """Store a complete object whose SHA-256 the caller has checked; nobody waits if ``ahead``.
+
+        Raises NoRoom and StorageError.
+        """
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         target = self.path(digest)
         if self.ledger.trusts(target) and digest not in self._unusable:
             return False
         self.disk.check()
+        self.room.charge(len(data), ahead=ahead)
         temporary = f"{self._temporary}/{next(self._counter):x}"
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -269,10 +290,14 @@ class ObjectStore:
         self._unusable.discard(digest)
         return True
 
-    def writer(self) -> ObjectWriter:
-        """A large object that comes piece by piece; a context manager."""
+    def writer(self, *, ahead: bool = False) -> ObjectWriter:
+        """A large object that comes piece by piece; a context manager.  ``ahead`` as for put()."""
         return ObjectWriter(
-            f"{self._temporary}/{next(self._counter):x}", self.path, self.disk, self.ledger
+            f"{self._temporary}/{next(self._counter):x}",
+            self.path,
+            self.disk,
+            self.ledger,
+            lambda size: self.room.charge(size, ahead=ahead),
         )
 
     def known_partial(self, key: bytes) -> PartialObject | None:
@@ -301,7 +326,7 @@ class ObjectStore:
                         return None
                     self.disk.check()
                     self._remove_partial(key)
-                found = PartialObject(path, size, chunks, self.disk)
+                found = PartialObject(path, size, chunks, self.disk, self.room)
             except OSError as error:
                 if create:
                     raise self.disk.failed(error, "cannot open", path) from error
@@ -329,13 +354,15 @@ class ObjectStore:
         with self._lock:
             self._partials.pop(key, None)
             try:
-                partial.map_path.unlink(missing_ok=True)
-                if matches:
-                    os.rename(partial.path, self.path(digest))
-                else:
-                    partial.path.unlink(missing_ok=True)
+                if os.stat(partial.path).st_ino == os.fstat(partial.file.fd).st_ino:
+                    partial.map_path.unlink(missing_ok=True)
+                    if matches:
+                        os.rename(partial.path, self.path(digest))
+                    else:
+                        partial.path.unlink(missing_ok=True)
+                # else it was evicted, and is on its way anew
             except FileNotFoundError:
-                return  # another layer with the same file was faster
+                return  # it was evicted, or another layer with the same file was faster
             except OSError as error:
                 raise self.disk.failed(error, "cannot publish", partial.path) from error
         if not matches:
@@ -370,6 +397,18 @@ class ObjectStore:
         for name in (f"{key.hex()}.map", key.hex()):  # no bit may outlive its bytes
             (self._partial / name).unlink(missing_ok=True)
         self._unusable.discard(key)
+
+    def evict(self, found: StoredObject) -> None:
+        """Remove an object or partial object to make room; who reads it reads on."""
+        path = Path(found.path)
+        if path.parent != self._partial:
+            _unlink_quietly(found.path)
+            self._open.drop(bytes.fromhex(path.parent.name + path.name))  # in this order
+        elif path.suffix != ".map":
+            with self._lock:
+                self._partials.pop(bytes.fromhex(path.name), None)
+                _unlink_quietly(f"{found.path}.map")
+                _unlink_quietly(found.path)
 
     def close(self) -> None:
         """Let go of all open files."""

@@ -117,7 +117,7 @@ class StoreFilesystem(Operations):
             self._store.refuse_quarantined(view)
             return errno.EIO
         if view is not None:
-            self._store.count_lookup("known")
+            self._store.found(view)
             return self._child_entry(request, view, name)
         named = self._transient.get(key)
         if named is None:

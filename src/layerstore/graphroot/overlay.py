@@ -138,10 +138,10 @@ class Overlay:
     def link(self, layer: str) -> str:
         """The short name of ``layer``; recreates what an unclean shutdown lost."""
         directory = self.directory(layer)
-        found = _read_link_file(directory)
+        found = short_name_of(directory)
         if found is None:
             self._owner(directory).recreate_links()
-            found = _read_link_file(directory)
+            found = short_name_of(directory)
         if found is None:
             raise CorruptStorage("the layer has no short name", subject=layer)
         return found
@@ -250,7 +250,7 @@ class Overlay:
             return
         except OSError as error:
             raise StorageError(f"cannot be removed: {error.strerror}", subject=str(own)) from error
-        name = _read_link_file(own)
+        name = short_name_of(own)
         if name is not None:
             short = self.home / _LINKS / name
             with contextlib.suppress(OSError):
@@ -266,7 +266,7 @@ class Overlay:
         links = self.home / _LINKS
         links.mkdir(0o755, exist_ok=True)
         for layer in self.layers():
-            name = _read_link_file(self.home / layer)
+            name = short_name_of(self.home / layer)
             if name is not None:
                 with contextlib.suppress(FileExistsError):
                     os.symlink(_link_target(layer), links / name)
@@ -278,7 +278,7 @@ class Overlay:
                 target = self._named(name)
                 if target is not None:
                     os.symlink(_link_target(target), links / name)
-            elif (self.home / target).is_dir() and _read_link_file(self.home / target) is None:
+            elif (self.home / target).is_dir() and short_name_of(self.home / target) is None:
                 _write(self.home / target / "link", name)
 
     # -- inside ----------------------------------------------------------------
@@ -294,7 +294,7 @@ class Overlay:
 
     def _named(self, name: str) -> str | None:
         for layer in self.layers():
-            if _read_link_file(self.home / layer) == name:
+            if short_name_of(self.home / layer) == name:
                 return layer
         return None
 
@@ -399,7 +399,8 @@ def _target_layer(link: Path) -> str | None:
     return parts[1] if len(parts) == 3 and parts[0] == ".." and parts[2] == "diff" else None
 
 
-def _read_link_file(directory: Path) -> str | None:
+def short_name_of(directory: Path) -> str | None:
+    """The short name that a layer's directory says it has; None if it says none."""
     try:
         text = (directory / "link").read_text("ascii").strip("\n")
     except (OSError, UnicodeDecodeError):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ import msgspec
 from layerstore import limits
 from layerstore.errors import ConfigError, CorruptStorage
 from layerstore.graphroot import atomic
+from layerstore.graphroot.lowers import layer_ids, overlay_mounts, short_names
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.graphroot.table import R, Table, TableName
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from layerstore.graphroot.layers import LayerArea
 
 _FILE: Final = Path("layerstore") / "published.json"
-_SHORT: Final = re.compile(rb"(?:^|[/=:,\\])l/([A-Z0-9]{26})(?![A-Za-z0-9])")
-_DIFF: Final = re.compile(rb"/([0-9a-f]{64})/diff(?![A-Za-z0-9])")
 
 
 class _Document(msgspec.Struct):
@@ -114,9 +112,9 @@ class Published:
         parents = {record.id: record.parent for record in area.records()}
         links = {area.overlay.link(layer).encode(): layer for layer in parents}
         found: set[str] = set()
-        for text in (*_mounted(), *self._client_lowers()):
-            found.update(links[name] for name in _SHORT.findall(text) if name in links)
-            found.update(layer.decode() for layer in _DIFF.findall(text))
+        for text in (*overlay_mounts(), *self._client_lowers()):
+            found.update(links[name] for name in short_names(text) if name in links)
+            found.update(layer.decode() for layer in layer_ids(text))
         for root in self.clients:
             found.update(record.parent for record in _records(root, "layers", LayerRecord))
             for image in _records(root, "images", ImageRecord):
@@ -178,18 +176,3 @@ def _records(root: Path, name: TableName, kind: type[R]) -> tuple[R, ...]:
     if not directory.is_dir():
         return ()
     return Table(directory, name, kind, read_only=True).snapshot()
-
-
-def _mounted() -> Iterator[bytes]:
-    """The overlay mounts of every mount namespace: a line of mountinfo each."""
-    seen: set[str] = set()
-    for process in os.listdir("/proc"):
-        if not process.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it ended
-            namespace = os.readlink(f"/proc/{process}/ns/mnt")
-            if namespace in seen:
-                continue
-            lines = Path(f"/proc/{process}/mountinfo").read_bytes().splitlines()
-            seen.add(namespace)
-            yield from (line for line in lines if b" - overlay " in line)

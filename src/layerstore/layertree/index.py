@@ -27,6 +27,7 @@ from .layout import (
     CHECKSUM_BYTES,
     CHUNK,
     CHUNK_BYTES,
+    CHUNK_MARK,
     CHUNK_WORDS,
     COUNT_WORD,
     DIGEST_PAIR,
@@ -39,6 +40,7 @@ from .layout import (
     NO_LANDMARK_SEEN,
     NO_MEMBER,
     OWNER_WORD,
+    PAIR_MARKS,
     RECORD_BYTES,
     RECORD_WORDS,
     VERSION,
@@ -342,6 +344,18 @@ class LayerIndex:
         )
         known = words[base + FLAGS_WORD] & FLAG_DIGEST
         return FileContent(size, digest if known else None, key, False, first, count)
+
+    def object_marks(self) -> Iterator[int]:
+        """The first eight bytes, as a native number, of the name of each object that files need.
+
+        Some may come several times, and some that name no object.
+        """
+        view = self._view
+        chunks = view[self._chunks_at : self._chunks_at + self.chunks * CHUNK_BYTES]
+        for (mark,) in CHUNK_MARK.iter_unpack(chunks):
+            yield mark
+        for pair in PAIR_MARKS.iter_unpack(view[self._digests_at : self._xattrs_at]):
+            yield from pair
 
     def chunk(self, number: int) -> Chunk:
         """Chunk ``number`` of the layer."""

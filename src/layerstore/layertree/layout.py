@@ -86,7 +86,9 @@ CHUNK: Final = struct.Struct("=QIIQ32sI")  # file offset, size, member, inner of
 CHUNK_BYTES: Final = CHUNK.size
 CHUNK_WORDS: Final = CHUNK_BYTES // 4
 OWNER_WORD: Final = CHUNK_WORDS - 1
+CHUNK_MARK: Final = struct.Struct("=24xQ28x")  # the first eight bytes of its digest
 DIGEST_PAIR: Final = struct.Struct("=32s32s")
+PAIR_MARKS: Final = struct.Struct("=Q24xQ24x")
 
 KEY_PREFIX: Final = b"layerstore chunk list v1\0"
 KEY_CHUNK: Final = struct.Struct("<QQ32s")  # file offset, size, digest

@@ -250,6 +250,8 @@ class Ingests:
             except OSError as error:
                 raise self._objects.disk.failed(error, "cannot create", "layer") from error
             stack.callback(shutil.rmtree, fresh, ignore_errors=True)
+            spent = stack.enter_context(ExitStack())
+            spent.callback(lambda: self._objects.room.freed(ingest.fetched))
 
             def count(size: int) -> None:
                 ingest.fetched += size
@@ -263,6 +265,7 @@ class Ingests:
                 diff_id=ingest.diff_id,
                 progress=count,
                 check=lambda: self._check(ingest),
+                ahead=lambda: not ingest.urgent,
             )
             record = self._state.add_layer(
                 descriptor.digest,
@@ -278,7 +281,14 @@ class Ingests:
                     shutil.rmtree(target)
                 os.rename(fresh, target)
             except OSError as error:
+<<<<<<< HEAD
                 raise self._objects.disk.failed(error, "cannot publish", target) from error
+=======
+                raise StorageError(f"cannot publish: {error.strerror}", subject=str(target)) from (
+                    error
+                )
+            spent.pop_all()  # it stays
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
             self._state.set_complete(record.slot)
             self._state.set_verified(record.slot, layer.diff_size)
         verified = self._state.layer(record.slot)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from layerstore import limits
 from layerstore.content import (
     ContentStats,
     LayerContent,
+    LayerStats,
     ObjectStore,
     Outages,
     Priority,
@@ -31,6 +30,7 @@ from layerstore.content import (
 from layerstore.errors import (
     ContentError,
     DiskFull,
+    NoRoom,
     ServiceError,
     StorageError,
     UnsupportedFormat,
@@ -45,6 +45,7 @@ from layerstore.provider.loader import Loader
 from layerstore.provider.refuted import Claim, also_false
 from layerstore.provider.sources import Sources
 from layerstore.provider.state import LayerRecord, State
+from layerstore.provider.streams import Hashed
 from layerstore.provider.verifier import Verifier
 
 _log = logging.getLogger(__name__)
@@ -57,25 +58,6 @@ class Layer:
     record: LayerRecord
     index: LayerIndex
     content: LayerContent
-
-
-class _Hashed:
-    """A file that is read once, and its digest."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._hash = hashlib.sha256()
-
-    def read(self, n: int, /) -> bytes:
-        data = self._stream.read(n)
-        self._hash.update(data)
-        return data
-
-    def digest(self) -> str:
-        """Hex SHA-256 of the whole file."""
-        while self.read(limits.MIB):
-            pass
-        return self._hash.hexdigest()
 
 
 class Layers:
@@ -101,6 +83,10 @@ class Layers:
         self.stats = ContentStats()
         self.quarantined: Callable[[int], None] = lambda _: None
         """Told the slot of a layer that was shown and is not any more."""
+        self.may_complete: Callable[[int], bool] = lambda _: True
+        """Whether the disk has room to complete the layer of a slot in the background."""
+        self.deferred: set[int] = set()
+        """Layers that are not completed because the limits do not allow it."""
         self._state = state
         self._objects = objects
         self._scheduler = scheduler
@@ -112,6 +98,8 @@ class Layers:
         self._background = background
         self._lock = threading.Lock()
         self._open: dict[int, Layer] = {}
+        self._touched: set[int] = set()
+        self._counts: dict[int, LayerStats] = {}
         self._opening: dict[int, threading.Lock] = {}
         self._completing: set[int] = set()
         self._paused: set[int] = set()  # those of them that wait for room on the disk
@@ -152,9 +140,7 @@ class Layers:
         layer = self._open.get(slot)
         if layer is not None:
             return layer
-        with self._lock:
-            opening = self._opening.setdefault(slot, threading.Lock())
-        with opening:
+        with self._changing(slot):
             layer = self._open.get(slot)
             if layer is None:
                 record = self._state.layer(slot)
@@ -185,6 +171,50 @@ class Layers:
         if wrong and self._state.is_complete(slot):
             self._incomplete(slot)
         return wrong
+
+    def _changing(self, slot: int) -> threading.Lock:
+        """Held while a layer is opened, evicted or said to be complete."""
+        with self._lock:
+            return self._opening.setdefault(slot, threading.Lock())
+
+    def touch(self, slot: int) -> None:
+        """Somebody uses the layer.  Never waits."""
+        self._touched.add(slot)
+
+    def take_touched(self) -> set[int]:
+        """The layers that were used since the last call."""
+        touched, self._touched = self._touched, set()
+        for slot, layer in tuple(self._open.items()):
+            if layer.content.used:
+                layer.content.used = False
+                touched.add(slot)
+        return touched
+
+    def drop_blob(self, slot: int) -> int:
+        """Remove the stored blob of a layer; the bytes on disk it had.
+
+        Who reads it at this moment reads on.  Raises StorageError.
+        """
+        with self._changing(slot):
+            self._state.set_evicted(slot)  # first: what is complete has its bytes
+            layer = self._open.pop(slot, None)
+            if layer is not None:
+                self._counts[slot] = layer.content.stats
+            size = 0
+            # the bitmap first: no bit may outlive its bytes
+            for name in ("blob.map", "end", "blob"):
+                path = self._loader.directory(slot) / name
+                try:
+                    size += path.stat().st_blocks * 512
+                    path.unlink()
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise StorageError(
+                        f"cannot remove: {error.strerror}", subject=str(path)
+                    ) from error
+        self.deferred.add(slot)
+        return size
 
     def index_of(self, slot: int) -> LayerIndex:
         """The index of a layer, in quarantine or not; StorageError if it is damaged."""
@@ -225,6 +255,7 @@ class Layers:
             distrust=lambda: self._distrust(record.slot),
             stats=self.stats,
             verified=self._state.is_complete(record.slot) and self._trusts(directory / "blob"),
+            counts=self._counts.get(record.slot),
         )
         end = directory / "end"
         # what the disk does not give or take now is taken over another time, or fetched
@@ -256,6 +287,9 @@ class Layers:
         if not self._background or self._state.is_complete(slot):
             return
         if record is None or record.quarantine:
+            return
+        if not self.may_complete(slot):
+            self.deferred.add(slot)
             return
         self._complete_soon(slot)
 
@@ -303,11 +337,25 @@ class Layers:
         )
         return True
 
+    def _defer(self, slot: int) -> None:
+        """There is no room for what nobody needs yet."""
+        with self._lock:
+            self._completing.discard(slot)
+        self.deferred.add(slot)
+
     def _step(self, slot: int, retry: float, probe: bool) -> None:
         if not probe and self._wait_for_answers(slot, retry):
             return
+        if not self.may_complete(slot):
+            if probe:
+                self._outages.untried(self._sources.places(slot))
+            self._defer(slot)
+            return
         try:
             more = self.open(slot).content.complete_step()
+        except NoRoom:
+            self._defer(slot)
+            return
         except DiskFull:
             with self._lock:
                 self._paused.add(slot)
@@ -345,9 +393,13 @@ class Layers:
         record = self._state.layer(slot)
         if record is None:
             return
-        if not self._state.is_complete(slot):
-            self._state.set_complete(slot)
-            _log.info("event=layer-complete layer=%s", record.blob_digest)
+        with self._changing(slot):
+            if not self._state.is_complete(slot):
+                layer = self._open.get(slot)
+                if layer is None or not layer.content.complete:
+                    return  # it was evicted meanwhile
+                self._state.set_complete(slot)
+                _log.info("event=layer-complete layer=%s", record.blob_digest)
         if not record.verified and not record.quarantine:
             self._verifier.submit(slot)
 
@@ -367,12 +419,14 @@ class Layers:
         record = self._state.layer(slot)
         if record is None or record.verified or record.quarantine:
             return
+        if not self._state.is_complete(slot):
+            return  # it was evicted meanwhile
         layer = self.open(slot)
         path = self._loader.directory(slot) / "blob"
         failure: ContentError | None = None
         try:
             with path.open("rb") as stream:
-                blob = _Hashed(stream)
+                blob = Hashed(stream)
                 try:
                     facts = check_agreement(layer.index, blob, check=self._rest)
                 except UnsupportedFormat:
@@ -421,41 +475,6 @@ class Layers:
         self.quarantined(slot)
         for other in also_false(self._state, record):
             self.quarantine(other.slot, claim, why)
-
-    def status(self) -> list[dict[str, object]]:
-        """One report a known layer, for ``layerstore status``."""
-        names: dict[int, list[str]] = {}
-        uses: dict[int, int] = {}
-        for view in self._state.views():
-            names.setdefault(view.slot, []).append(view.reference)
-            uses[view.slot] = uses.get(view.slot, 0) + self._state.uses(view.key)
-        report: list[dict[str, object]] = []
-        for record in self._state.layers():
-            layer = self.get(record.slot)
-            complete = self._state.is_complete(record.slot)
-            stored = record.size if complete else 0
-            report.append(
-                {
-                    "slot": record.slot,
-                    "digest": record.blob_digest,
-                    "toc_digest": record.toc_digest,
-                    "diff_id": record.diff_id,
-                    "form": record.form.value,
-                    "references": sorted({name for name in names.get(record.slot, ()) if name}),
-                    "uses": uses.get(record.slot, 0),
-                    "complete": complete,
-                    "verified": record.verified,
-                    "quarantine": record.quarantine,
-                    "total_bytes": record.size,
-                    "stored_bytes": layer.content.stored_bytes if layer else stored,
-                    "needed_bytes": layer.content.stats.needed_bytes if layer else 0,
-                    "fetched_bytes": layer.content.stats.fetched_bytes if layer else 0,
-                    "refused_units": layer.content.stats.failed_units if layer else 0,
-                    "files": layer.index.files if layer else None,
-                    "opened": layer is not None,
-                }
-            )
-        return report
 
     def close(self) -> None:
         """Close all indexes."""

@@ -21,7 +21,11 @@ from pathlib import Path
 import msgspec
 
 from layerstore import limits
+<<<<<<< HEAD
 from layerstore.content import ObjectStore
+=======
+from layerstore.content import Ledger, Room
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
 from layerstore.errors import (
     ContentError,
     DeadlineExceeded,
@@ -80,11 +84,19 @@ class Loader:
     """Loads TOCs into indexes below ``root`` (one directory a slot).  Thread-safe."""
 
     def __init__(
+<<<<<<< HEAD
         self, root: Path, state: State, client: RegistryClient, objects: ObjectStore
     ) -> None:
         self._root = root
         self._disk = objects.disk
         self._ledger = objects.ledger
+=======
+        self, root: Path, state: State, client: RegistryClient, ledger: Ledger, room: Room
+    ) -> None:
+        self._root = root
+        self._ledger = ledger
+        self._room = room
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         self._state = state
         self._client = client
         self._external = ExternalTocs(client)
@@ -280,6 +292,7 @@ class Loader:
                     end.write(loaded.end)
                     end.flush()
                     self._ledger.stamp(end.fileno())
+                self._room.count(sum(file.stat().st_size for file in fresh.iterdir()))
                 record = self._state.add_layer(
                     descriptor.digest,
                     promised.toc_digest,

@@ -87,12 +87,14 @@ def ingest_layer(
     size: int,
     diff_id: Digest | None,
     progress: Callable[[int], None] = lambda _: None,
+    ahead: Callable[[], bool] = lambda: False,
     check: Callable[[], None] = lambda: None,
 ) -> IngestedLayer:
     """Stream a blob into ``directory`` (``blob``, ``index``, ``checkpoints``) and ``objects``.
 
     ``open_at`` opens the blob from an offset on, again after a connection broke; ``progress``
-    is told numbers of its bytes; ``check`` is called often and stops the work by raising.
+    is told numbers of its bytes; ``ahead`` says whether nobody waits for the layer, so that it must
+    leave the disk more room; ``check`` is called often and stops the work by raising.
 
     Raises VerificationError for wrong bytes, other errors of the content, NetworkError and
     what ``open_at`` and ``check`` raise, and StorageError.  The directory is of no use then;
@@ -103,9 +105,17 @@ def ingest_layer(
     made = bytearray()
     try:
         with path.open("xb", buffering=0) as out:
-            blob = _Blob(open_at, out.fileno(), digest, size, progress, check)
+
+            def charge(size: int) -> None:
+                objects.room.charge(size, ahead=ahead())
+
+            blob = _Blob(open_at, out.fileno(), digest, size, progress, check, charge)
             with blob, _Plain(blob) as plain:
+<<<<<<< HEAD
                 archive = _Archive(plain, objects, check, made)
+=======
+                archive = _Archive(plain, objects, check, ahead)
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
                 try:
                     with (directory / "index").open("wb") as index:
                         summary = build_index(
@@ -133,7 +143,7 @@ def ingest_layer(
         if plain.compression() is Compression.GZIP:
             write_checkpoints(plain.points(), directory / "checkpoints")
         with LayerIndex.open(directory / "index") as opened:
-            stored = BlobFile(path, opened, size, size, objects.disk, objects.shelf)
+            stored = BlobFile(path, opened, size, size, objects)
             for unit in range(stored.units):
                 stored.mark(unit)
             objects.ledger.stamp(stored.file.fd)
@@ -208,7 +218,9 @@ class _Blob:
         size: int,
         progress: Callable[[int], None],
         check: Callable[[], None],
+        charge: Callable[[int], None],
     ) -> None:
+        self._charge = charge
         self._open_at = open_at
         self._descriptor = descriptor
         self._digest = digest
@@ -282,6 +294,7 @@ class _Blob:
                         continue
                 data = data[: self.announced - self._size]
                 self._hash.update(data)
+                self._charge(len(data))
                 _write(self._descriptor, data)
                 self._size += len(data)
                 self._progress(len(data))
@@ -380,6 +393,7 @@ class _Plain:
 class _Archive:
     """The tar archive: each file an object, cut where the blob can be entered.
 
+<<<<<<< HEAD
     The digests of objects that were not there before are added to ``made``.
     """
 
@@ -387,6 +401,16 @@ class _Archive:
         self, plain: _Plain, objects: ObjectStore, check: Callable[[], None], made: bytearray
     ) -> None:
         self._made = made
+=======
+    def __init__(
+        self,
+        plain: _Plain,
+        objects: ObjectStore,
+        check: Callable[[], None],
+        ahead: Callable[[], bool],
+    ) -> None:
+        self._ahead = ahead
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         self._plain = plain
         self._objects = objects
         self._check = check
@@ -407,15 +431,19 @@ class _Archive:
                 missing -= len(pieces[-1])
             data = b"".join(pieces)
         digest = hashlib.sha256(data).digest()
+<<<<<<< HEAD
         if self._objects.put(digest, data):
             self._made += digest
+=======
+        self._objects.put(digest, data, ahead=self._ahead())
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         return FileRead(digest, self._cut(entry.payload_offset, data, digest))
 
     def _read_large(self, entry: TarEntry) -> FileRead:
         running = hashlib.sha256()
         pieces: list[Piece] = []
         offset = entry.payload_offset
-        with self._objects.writer() as writer:
+        with self._objects.writer(ahead=self._ahead()) as writer:
             left = entry.size
             while left:
                 self._check()

@@ -20,14 +20,12 @@ time for it, or is to ``fail`` after a few tries.
 from __future__ import annotations
 
 import enum
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 from layerstore import limits
-from layerstore.errors import StorageError
+from layerstore.content import DiskRoom
 from layerstore.image import Reference
 from layerstore.registry import match_prefix
 
@@ -59,40 +57,6 @@ class Outage(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class DiskRoom:
-    """How much of the disk fetching ahead may take.
-
-    ``limit`` bounds the bytes below the store's root, None: no bound; ``keep_free`` is the
-    part (0 to 1) of the file system that stays free.
-    """
-
-    limit: int | None = None
-    keep_free: float = limits.DISK_KEEP_FREE
-
-    def allows(self, root: Path, more: int) -> bool:
-        """Whether ``more`` bytes may be added below ``root``; StorageError if it cannot be told."""
-        try:
-            disk = os.statvfs(root)
-        except OSError as error:
-            raise StorageError(f"cannot look: {error.strerror}", subject=str(root)) from error
-        if disk.f_bavail * disk.f_frsize - more < disk.f_blocks * disk.f_frsize * self.keep_free:
-            return False
-        return self.limit is None or used_bytes(root) + more <= self.limit
-
-
-def used_bytes(root: Path) -> int:
-    """Bytes on disk of all files below ``root``."""
-    total = 0
-    for directory, _, files in os.walk(root):
-        for name in files:
-            try:
-                total += os.lstat(f"{directory}/{name}").st_blocks * 512
-            except OSError:
-                continue  # it was removed meanwhile
-    return total
-
-
-@dataclass(frozen=True, slots=True)
 class Policy:
     """All of it; what is by prefix is keyed as ``prefix`` in registries.conf."""
 
@@ -100,7 +64,7 @@ class Policy:
     ordinary: Ordinary = Ordinary.AUTO
     ordinary_by_prefix: Mapping[str, Ordinary] = field(default_factory=dict)
     eager_seconds: float = limits.EAGER_SECONDS
-    disk: DiskRoom = DiskRoom()
+    disk: DiskRoom = field(default_factory=DiskRoom)
     outage: Outage = Outage.WAIT
     outage_by_prefix: Mapping[str, Outage] = field(default_factory=dict)
     wait_seconds: float = limits.OUTAGE_WAIT_SECONDS

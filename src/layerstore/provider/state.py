@@ -8,7 +8,9 @@
   ``slot`` is part of every node id and never given to another layer;
 * ``views``: a layer under one name: reference, digest in the path, and the
   ``info`` that was shown, which never changes again;
-* ``uses``: how often clients said they use a view: a hint, see als-protocol.
+* ``uses``: how often clients said they use a view: a hint, see als-protocol;
+* ``kept_images`` and ``kept_layers``: what the administrator pinned (the table ``pins`` is
+  older, and about something else).
 
 Everything is loaded at the start; later reads come from memory, writes go to
 disk in the thread that makes them.
@@ -21,13 +23,15 @@ import logging
 import sqlite3
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from layerstore.errors import DiskFull, StorageError
 from layerstore.formats.announced import Form
 from layerstore.image import Digest
-from layerstore.provider import names
+from layerstore.provider import names, schema
 from layerstore.provider.dialect import Dialect
+<<<<<<< HEAD
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +81,9 @@ DROP TABLE layers;
 ALTER TABLE layers_2 RENAME TO layers;
 PRAGMA user_version = 2;
 """
+=======
+from layerstore.provider.kept import KeptImages
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,13 +155,20 @@ class State:
                 # A full disk has no room for the file that processes share; one alone needs none.
                 self._db = self._connected("EXCLUSIVE")
             path.chmod(0o600)
+<<<<<<< HEAD
             self._create()
+=======
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            schema.bring_up(self._db, path)
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
             self._load()
         except (sqlite3.Error, OSError) as error:
             raise StorageError(
                 f"cannot open the state database: {error}", subject=str(path)
             ) from error
 
+<<<<<<< HEAD
     def _connected(self, locking: str) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:
@@ -181,9 +195,13 @@ class State:
                 advice="use the layerstore release that wrote it",
             )
 
+=======
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
     def _load(self) -> None:
         self._layers: dict[int, LayerRecord] = {}
         self._complete: set[int] = set()
+        self._evicted: dict[int, float] = {}
+        self._used: dict[int, float] = {}
         self._slots: dict[tuple[str, str, str], int] = {}
         for (
             slot,
@@ -196,18 +214,23 @@ class State:
             notes,
             tar,
             complete,
+            evicted,
+            used,
             *facts,
         ) in self._db.execute(
             "SELECT slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes,"
-            " tar_length, complete, diff_size, quarantine FROM layers"
+            " tar_length, complete, evicted, used, diff_size, quarantine FROM layers"
         ):
             self._layers[slot] = LayerRecord(
                 slot, Digest(blob), Digest(toc) if toc else None,
                 Digest(diff_id) if diff_id else None, size, at, Form(form), notes, tar, *facts,
             )  # fmt: skip
             self._slots[blob, toc, diff_id] = slot
+            self._used[slot] = used
             if complete:
                 self._complete.add(slot)
+            if evicted:
+                self._evicted[slot] = evicted
         self._views: dict[int, View] = {}
         self._by_reference: dict[int, list[View]] = {}
         self._numbers: dict[int, int] = {}
@@ -221,6 +244,8 @@ class State:
         self._pins: dict[str, list[Digest]] = {}
         for reference, digest in self._db.execute("SELECT reference, digest FROM pins ORDER BY id"):
             self._pins.setdefault(reference, []).append(Digest(digest))
+        self.kept = KeptImages(self._db, self._lock, self._write)
+        """The images that were pinned."""
 
     def _remember(self, view: View) -> None:
         self._views[view.key] = view
@@ -365,9 +390,9 @@ class State:
                 return known
             cursor = self._write(
                 "INSERT INTO layers (blob_digest, toc_digest, diff_id, size, toc_offset, form,"
-                " notes, tar_length) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                " notes, tar_length, used) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 blob_digest, toc_digest or "", diff_id or "", size, toc_offset, form.value, notes,
-                tar_length,
+                tar_length, time.time(),
             )  # fmt: skip
             slot = cursor.lastrowid or 0
             if slot >= names.SLOTS:
@@ -378,6 +403,7 @@ class State:
             )
             self._layers[slot] = record
             self._slots[blob_digest, toc_digest or "", diff_id or ""] = slot
+            self._used[slot] = time.time()
             return record
 
     def set_verified(self, slot: int, diff_size: int) -> None:
@@ -399,8 +425,45 @@ class State:
     def set_complete(self, slot: int, complete: bool = True) -> None:
         """Remember whether the whole blob is stored and its digest was checked."""
         with self._lock:
+<<<<<<< HEAD
             (self._complete.add if complete else self._complete.discard)(slot)
             self._save_layer(slot)
+=======
+            self._write(
+                "UPDATE layers SET complete = ?, evicted = iif(?, 0, evicted) WHERE slot = ?",
+                complete, complete, slot,
+            )  # fmt: skip
+            if complete:
+                self._complete.add(slot)
+                self._evicted.pop(slot, None)
+            else:
+                self._complete.discard(slot)
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
+
+    # -- what stays on the disk ----------------------------------------------------------
+
+    def evicted(self, slot: int) -> float:
+        """When contents of the layer were removed (seconds since 1970); 0 if it was completed since."""
+        return self._evicted.get(slot, 0.0)
+
+    def set_evicted(self, slot: int) -> None:
+        """The contents of the layer are about to be removed."""
+        with self._lock:
+            now = time.time()
+            self._write("UPDATE layers SET complete = 0, evicted = ? WHERE slot = ?", now, slot)
+            self._complete.discard(slot)
+            self._evicted[slot] = now
+
+    def used(self, slot: int) -> float:
+        """When somebody last used the layer, in seconds since 1970; never waits."""
+        return self._used.get(slot, 0.0)
+
+    def set_used(self, when: Mapping[int, float]) -> None:
+        """Remember when layers were last used."""
+        with self._lock:
+            for slot, seconds in when.items():
+                self._write("UPDATE layers SET used = ? WHERE slot = ?", seconds, slot)
+                self._used[slot] = seconds
 
     # -- views ---------------------------------------------------------------------
 

@@ -16,20 +16,23 @@ from functools import partial
 from pathlib import Path
 
 from layerstore import limits
-from layerstore.content import ObjectStore, Outages, Scheduler
+from layerstore.content import ObjectStore, Outages, Room, Scheduler
 from layerstore.errors import LayerstoreError, StorageError
 from layerstore.formats.announced import Announced, announced
 from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
-from layerstore.provider import names
+from layerstore.provider import layerreport, names
 from layerstore.provider.cachecheck import Checks, Place
 from layerstore.provider.dialect import Dialect
+from layerstore.provider.diskuse import DiskUse
 from layerstore.provider.fetch import Fetches
+from layerstore.provider.housekeeping import Housekeeper
 from layerstore.provider.images import Images, Match
 from layerstore.provider.indexes import Indexes
 from layerstore.provider.info import diff_size, layer_info, toc_info
 from layerstore.provider.ingests import Ingests
 from layerstore.provider.layers import Layer, Layers
 from layerstore.provider.loader import Loader
+from layerstore.provider.needs import LookAtNeeds, unknown
 from layerstore.provider.policy import DialectL, Ordinary, Policy
 from layerstore.provider.refusal import (
     BEING_FETCHED,
@@ -70,6 +73,7 @@ class Store:
         client: RegistryClient,
         *,
         policy: Policy | None = None,
+        needs: LookAtNeeds = unknown,
         prefetch: bool = True,
         background: bool = True,
     ) -> None:
@@ -83,8 +87,15 @@ class Store:
         self._state = open_state(root)
         self._backup = Backup(self._state, root)
         self._images = Images(self._state, client)
+<<<<<<< HEAD
         self._objects = ObjectStore(root / "content")
         self._loader = Loader(root / "layers", self._state, client, self._objects)
+=======
+        self._room = Room(root, self.policy.disk)
+        self._objects = ObjectStore(root / "content", self._room)
+        ledger = self._objects.ledger
+        self._loader = Loader(root / "layers", self._state, client, ledger, self._room)
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         self._scheduler = Scheduler()
         self._outages = Outages()
         self._sources = Sources(client, self.policy.patience)
@@ -106,6 +117,10 @@ class Store:
             self._sources, self.indexes,
         )  # fmt: skip
         self.checks = Checks(Place(root, self._state, self._objects, self._loader, self.layers))
+        self.housekeeper = Housekeeper(
+            root, self._state, self.layers, self._objects, self._room, self.ingests, needs
+        )
+        self.disk_use = DiskUse(root, self._state, self._room, self.housekeeper)
         self._find_sources()
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
@@ -119,6 +134,7 @@ class Store:
         self._objects.disk.when_back(self._uses.save_soon)
         self._objects.disk.when_back(self._state.save_layers)
         self.layers.resume()
+        self.housekeeper.start()
 
     def _find_sources(self) -> None:
         """Layers that were only ever named without a reference: where they can be fetched."""
@@ -366,7 +382,7 @@ class Store:
             raise Refusal(ORDINARY_OFF, "layers without a TOC are not served for this image")
         if policy is Ordinary.KNOWN:
             raise Refusal(NOT_HERE, "the layer has no TOC and is not complete here")
-        if not self.policy.disk.allows(self._root, match.descriptor.size * _UNPACKED):
+        if not self._room.allows(match.descriptor.size * _UNPACKED):
             raise Refusal(NO_ROOM, "the disk has no room to fetch the layer ahead")
         eager = policy is Ordinary.EAGER
         ingest = self.ingests.start(match.reference, match.descriptor, diff_id, urgent=eager)
@@ -410,6 +426,14 @@ class Store:
         with self._lock:
             self._lookups[result] += 1
 
+<<<<<<< HEAD
+=======
+    def found(self, view: View) -> None:
+        """A lookup of a known layer was answered elsewhere."""
+        self._count("known")
+        self.layers.touch(view.slot)
+
+>>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
     # -- use counts ---------------------------------------------------------------------
 
     def use(self, view: View) -> None:
@@ -428,11 +452,17 @@ class Store:
             lookups = dict(self._lookups)
         return {
             "lookups": lookups,
-            "layers": self.layers.status(),
+            "layers": layerreport.report(self._state, self.layers),
             "ingests": self.ingests.status(),
             "content": self.layers.stats.as_dict(),
             "outages": self._outages.status(),
-            "disk": self._objects.disk.as_dict() | {"held_bytes": self._objects.shelf.size},
+            "disk": self._objects.disk.as_dict()
+            | {
+                "held_bytes": self._objects.shelf.size,
+                "used_bytes": self._room.used,
+                "limit_bytes": self._room.allowed.limit,
+                "evicted_bytes": self.housekeeper.evicted_bytes,
+            },
             "registry": {
                 "requests": self._client.stats.requests,
                 "received_bytes": self._client.stats.bytes,
@@ -443,11 +473,13 @@ class Store:
     def let_go(self, *, sync: bool) -> None:
         """`close`, for a process that ends right then: what runs is not waited for."""
         self._uses.close()
+        self.housekeeper.close(0.0)
         if sync:
             self._objects.ledger.end(clean=False)
 
     def close(self) -> None:
         """Stop fetching, write what is not written yet, close the files."""
+        self.housekeeper.close()
         self._resolvers.close()
         self._loaders.close()
         self._outages.close()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from layerstore.service.checking import Checker, CheckStatus, checker
     from layerstore.service.config import Config, load
     from layerstore.service.control import request
+    from layerstore.service.diskuse import DiskReport, GcReport, disk_control
     from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
     from layerstore.service.indexing import IndexKeeper, index_keeper
     from layerstore.service.opening import passing_store
@@ -25,11 +26,14 @@ __all__ = [
     "CheckStatus",
     "Checker",
     "Config",
+    "DiskReport",
     "FetchStatus",
     "FetchedLayer",
     "Fetcher",
     "IndexKeeper",
     "checker",
+    "GcReport",
+    "disk_control",
     "fetcher",
     "index_keeper",
     "load",
@@ -44,11 +48,14 @@ _HOMES: Final = {
     "CheckStatus": "checking",
     "Checker": "checking",
     "Config": "config",
+    "DiskReport": "diskuse",
     "FetchStatus": "fetching",
     "FetchedLayer": "fetching",
     "Fetcher": "fetching",
     "IndexKeeper": "indexing",
     "checker": "checking",
+    "GcReport": "diskuse",
+    "disk_control": "diskuse",
     "fetcher": "fetching",
     "index_keeper": "indexing",
     "load": "config",

@@ -65,14 +65,33 @@ class OutageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
 
+_Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
+
+
 class DiskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much of the disk layers that are fetched ahead may take.
+    """How much of the disk the store may take, see ``content.room``.
 
     ``limit`` is a number of bytes or a text as "200 GiB".
     """
 
     limit: int | str | None = None
-    keep_free_percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 100 * limits.DISK_KEEP_FREE
+    high_percent: _Percent = 100 * limits.DISK_HIGH
+    low_percent: _Percent = 100 * limits.DISK_LOW
+    keep_free_percent: _Percent = 100 * limits.DISK_KEEP_FREE
+
+    @property
+    def room(self) -> DiskRoom:
+        """The same as values; raises ConfigError."""
+        if self.low_percent > self.high_percent:
+            raise ConfigError("disk.low_percent is above disk.high_percent")
+        limit = _size(self.limit)
+        if limit is not None and limit < limits.DISK_LIMIT_MIN_BYTES:
+            raise ConfigError(
+                f"disk.limit: at least {limits.DISK_LIMIT_MIN_BYTES} bytes are needed"
+            )
+        return DiskRoom(
+            limit, self.keep_free_percent / 100, self.high_percent / 100, self.low_percent / 100
+        )
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,7 +119,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             outage=self.outage.policy,
             outage_by_prefix=self.outage.prefixes,
             wait_seconds=self.outage.wait_seconds,
-            disk=DiskRoom(_size(self.disk.limit), self.disk.keep_free_percent / 100),
+            disk=self.disk.room,
         )
 
 

@@ -93,8 +93,10 @@ class ControlServer:
             return {"error": f"the request failed: {error}"}
 
 
-def request(root: Path, method: str, **parameters: object) -> dict[str, Any]:
-    """Ask the service whose root directory is ``root``.
+def request(
+    root: Path, method: str, *, seconds: float = limits.CONTROL_SECONDS, **parameters: object
+) -> dict[str, Any]:
+    """Ask the service whose root directory is ``root``; the answer may take so many seconds.
 
     While its keeper is alive but no server answers, a new one is on its way: it is waited for, for
     ``HANDOVER_SECONDS``.  Raises NoServiceError if no service runs there, ServiceError if it does
@@ -105,7 +107,7 @@ def request(root: Path, method: str, **parameters: object) -> dict[str, Any]:
     end = time.monotonic() + limits.HANDOVER_SECONDS
     while True:
         try:
-            raw = _exchanged(root, line)
+            raw = _exchanged(root, line, seconds)
             break
         except PermissionError as error:
             raise ServiceError(
@@ -128,10 +130,10 @@ def request(root: Path, method: str, **parameters: object) -> dict[str, Any]:
     return answer
 
 
-def _exchanged(root: Path, line: bytes) -> bytes:
+def _exchanged(root: Path, line: bytes, seconds: float) -> bytes:
     """The answer to a request.  OSError, also if the server ended before it gave one."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(limits.CONTROL_SECONDS)
+        connection.settimeout(seconds)
         with messages.address(root, CONTROL_SOCKET) as address:
             connection.connect(address)
         connection.sendall(line)

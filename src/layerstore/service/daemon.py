@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from layerstore import __version__, limits
-from layerstore.errors import ConfigError
-from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.provider import limit_arenas
 from layerstore.service.checking import check_methods
 from layerstore.service.child import Leave
 from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
+from layerstore.service.diskuse import disk_methods
 from layerstore.service.fetching import fetch_methods
+from layerstore.service.graphneeds import graph_roots
 from layerstore.service.held import HeldMount
 from layerstore.service.indexing import index_methods
 from layerstore.service.opening import open_store
@@ -74,7 +74,7 @@ class Service:
     def _open(self, stack: contextlib.ExitStack) -> None:
         root, config = self._root, self._config
         store = stack.enter_context(open_store(root, config, patience=limits.SERVER_LOCK_SECONDS))
-        repair = RecordRepair(_graph_roots(config))
+        repair = RecordRepair(graph_roots(config) if config.repair.enabled else ())
         stack.callback(repair.close)
         sessions = Sessions(
             self._mounts, store, released=repair.released, ended=lambda *news: self._news.put(news)
@@ -104,6 +104,7 @@ class Service:
             **fetch_methods(store.fetches),
             **index_methods(store),
             **check_methods(store.checks),
+            **disk_methods(store.disk_use),
         }
         control = ControlServer(root, {"status": status, **methods})
         stack.callback(control.close)
@@ -137,19 +138,6 @@ class Service:
         if error is not None:
             raise error
         return mount
-
-
-def _graph_roots(config: Config) -> tuple[Path, ...]:
-    """Where records are repaired; a storage.conf that makes no sense is for its users to tell."""
-    if not config.repair.enabled:
-        return ()
-    if config.repair.graph_roots is not None:
-        return tuple(map(Path, config.repair.graph_roots))
-    try:
-        return (StorageConfig.from_system().graph_root,)
-    except ConfigError as error:
-        _log.warning("event=no-graph-root error=%s", error)
-        return ()
 
 
 def _raise_file_limit() -> None:

@@ -16,6 +16,7 @@ from layerstore.errors import ServiceError, StorageError
 from layerstore.provider import Ordinary, Store
 from layerstore.registry import RegistryClient, RegistrySettings
 from layerstore.service.config import Config, OrdinaryConfig
+from layerstore.service.graphneeds import needs_of
 from layerstore.service.places import SERVER_LOCK
 
 
@@ -34,6 +35,7 @@ def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator
             root,
             client,
             policy=config.policy,
+            needs=needs_of(config),
             prefetch=config.prefetch,
             background=config.background_fetch,
         )

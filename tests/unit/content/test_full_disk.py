@@ -147,12 +147,12 @@ def test_a_disk_that_becomes_full_in_the_middle_of_a_range(make_lab, tmp_path, b
     pieces = 0
     real = lab.content._blob.write
 
-    def write(offset: int, data: bytes | memoryview) -> None:
+    def write(offset: int, data: bytes | memoryview, *, ahead: bool) -> None:
         nonlocal pieces
         pieces += 1
         if pieces == 3:
             bad_disk.fill()
-        real(offset, data)
+        real(offset, data, ahead=ahead)
 
     lab.content._blob.write = write
     assert lab.read(1) == files[1]
@@ -433,10 +433,10 @@ def test_parts_of_the_blob_that_cannot_be_read_are_fetched_again(make_lab, bad_d
     offsets: list[int] = []
     real = lab.content._blob.write
 
-    def write(offset: int, data: bytes | memoryview) -> None:
+    def write(offset: int, data: bytes | memoryview, *, ahead: bool) -> None:
         bad_disk.reading = {}  # the disk puts it elsewhere
         offsets.append(offset)
-        real(offset, data)
+        real(offset, data, ahead=ahead)
 
     lab.content._blob.write = write
     assert lab.read(0) == FILES[0]

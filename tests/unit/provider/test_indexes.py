@@ -112,7 +112,7 @@ def test_a_node_that_was_given_the_index_reads_single_files_by_range(other, regi
     assert other.read(view, "usr/f05") == FILES[0]["usr/f05"]
     # complete, it is checked like any other
     other.store.layers.hasten(view.slot, lambda _: None)
-    until(lambda: other.store.layers.status()[0]["verified"])
+    until(lambda: other.store.status()["layers"][0]["verified"])
 
 
 def test_a_fetch_of_such_a_layer_brings_what_is_missing(other, registry, image, file):
@@ -125,7 +125,7 @@ def test_a_fetch_of_such_a_layer_brings_what_is_missing(other, registry, image, 
     (layer,) = other.store.fetches.status(job)["layers"]
     assert layer["state"] == "complete"
     assert sent_bytes(registry, image.layers[0].digest) < image.layers[0].size
-    assert other.store.layers.status()[0]["verified"]
+    assert other.store.status()["layers"][0]["verified"]
 
 
 def test_what_is_to_be_verified_first_waits(other, registry, image, file):
@@ -208,7 +208,7 @@ def test_what_contradicts_itself_is_refused(other, file, tmp_path: Path, change:
     spoiled = changed(file, tmp_path / "spoiled", lambda head: head["layers"][0].update(change))
     with pytest.raises(LayerstoreError):
         other.store.indexes.load(spoiled)
-    assert other.store.layers.status() == []
+    assert other.store.status()["layers"] == []
     assert not list((other.root / "layers").iterdir())
 
 
@@ -228,7 +228,7 @@ def test_damaged_files_are_refused(other, file, tmp_path: Path):
             other.store.indexes.load(bad)
     with pytest.raises(StorageError):
         other.store.indexes.load(tmp_path / "absent")
-    assert other.store.layers.status() == []
+    assert other.store.status()["layers"] == []
 
 
 def test_only_what_was_verified_here_is_saved(other, image, tmp_path: Path):

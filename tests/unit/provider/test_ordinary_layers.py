@@ -166,7 +166,7 @@ def test_all_layers_are_brought_and_verified(asker, registry, publisher):
         ("tar+gzip", "complete"),
     ]
     assert all(one["fetched"] == one["size"] for one in status["layers"])
-    assert all(one["verified"] for one in asker.store.layers.status())
+    assert all(one["verified"] for one in asker.store.status()["layers"])
     registry.fault("reset")
     use(asker, ordinary=Ordinary.KNOWN)
     for number, path in ((0, "bin/sh"), (1, "app/main")):

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 from layerstore import limits
 from layerstore.image import Reference
-from layerstore.provider.policy import DiskRoom, Ordinary, Outage, Policy, used_bytes
+from layerstore.provider.policy import Ordinary, Outage, Policy
 
 
 def test_the_longest_prefix_decides():
@@ -40,14 +38,3 @@ def test_how_long_a_read_waits_is_decided_by_prefix():
         for text in ("a.example/x:1", "a.example/ai/x:1", "b.example/x:1")
     }
     assert list(patience.values()) == [limits.OUTAGE_FAIL_SECONDS, 40.0, 40.0]
-
-
-def test_room_is_bounded_by_limit_and_by_what_stays_free(tmp_path: Path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "file").write_bytes(bytes(100_000))
-    used = used_bytes(tmp_path)
-    assert 100_000 <= used < 200_000
-    assert DiskRoom(limit=used + 10, keep_free=0.0).allows(tmp_path, 10)
-    assert not DiskRoom(limit=used + 10, keep_free=0.0).allows(tmp_path, 11)
-    assert DiskRoom(keep_free=0.0).allows(tmp_path, 1)
-    assert not DiskRoom(keep_free=1.0).allows(tmp_path, 1)

@@ -38,7 +38,7 @@ def complete(asker, view: View) -> None:
 
 
 def state_of(asker, view: View) -> str:
-    (layer,) = [one for one in asker.store.layers.status() if one["slot"] == view.slot]
+    (layer,) = [one for one in asker.store.status()["layers"] if one["slot"] == view.slot]
     if layer["quarantine"]:
         return "quarantined"
     return "verified" if layer["verified"] else "unknown"

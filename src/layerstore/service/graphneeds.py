@@ -1,0 +1,87 @@
+"""Which layers the graph roots of the configuration link to, and which are mounted.
+
+The links are the files ``additionallayer`` of their layers, of the additional image stores
+beside them, too, and of other graph roots as long as something of theirs is mounted; mounted is
+what an overlay mount of this machine stands on.  A graph root that is not there needs nothing;
+one of the configuration that cannot be read makes everything count as needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from layerstore.errors import ConfigError, InvalidDigest, InvalidReference, LayerstoreError
+from layerstore.graphroot.storageconf import StorageConfig
+from layerstore.provider import LookAtNeeds, Needs, names
+from layerstore.service.config import Config
+
+_log = logging.getLogger(__name__)
+
+
+def graph_roots(config: Config) -> tuple[Path, ...]:
+    """The graph roots of the configuration, else that of the machine's ``storage.conf``.
+
+    A storage.conf that makes no sense is for its users to tell: then there is none.
+    """
+    if config.repair.graph_roots is not None:
+        return tuple(map(Path, config.repair.graph_roots))
+    try:
+        return (StorageConfig.from_system().graph_root,)
+    except ConfigError as error:
+        _log.warning("event=no-graph-root error=%s", error)
+        return ()
+
+
+def needs_of(config: Config) -> LookAtNeeds:
+    """Looks at the graph roots, and at what is mounted, each time it is called."""
+    return partial(_look, graph_roots(config))
+
+
+def _look(roots: Sequence[Path]) -> Needs:
+    # Most services have no need of it for long: their memory is not to pay for it.
+    from layerstore.graphroot.lowers import linked_layers, mounted_layers  # noqa: PLC0415
+
+    known = bool(roots)
+    referenced: set[int] = set()
+    running: set[int] = set()
+    mounted = mounted_layers()
+    configured = (*roots, *_image_stores(roots))
+    for root in (*configured, *(mounted.graph_roots - set(configured))):
+        try:
+            layers = linked_layers(root, mounted)
+        except (LayerstoreError, OSError) as error:
+            if root not in configured:
+                continue  # that of somebody else, as they see it
+            _log.warning("event=graph-root-not-read graph_root=%s error=%s", root, error)
+            known = False
+            continue
+        for layer in layers:
+            keys = set(_keys(layer.path))
+            referenced |= keys
+            if layer.mounted:
+                running |= keys
+    return Needs(referenced, running, known)
+
+
+def _image_stores(roots: Sequence[Path]) -> tuple[Path, ...]:
+    try:
+        configured = StorageConfig.from_system()
+    except ConfigError:
+        return ()
+    return configured.additional_image_stores if configured.graph_root in roots else ()
+
+
+def _keys(layer: Path) -> Iterator[int]:
+    """The views that a layer's path may mean, wherever the store is mounted for its client."""
+    try:
+        digest = names.digest_of(layer.name.encode())
+    except InvalidDigest:
+        return
+    yield names.name_hash("", digest)
+    try:
+        yield names.name_hash(names.reference_of(layer.parent.name.encode()), digest)
+    except (InvalidReference, InvalidDigest):
+        return
