@@ -6,6 +6,7 @@ cannot know to be synced.
 """
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -351,6 +352,8 @@ def test_power_fails_at_random_moments(place: Path, seed: int, monkeypatch, capl
                     assert restarted.wrong_blobs() == [], point
                 finally:
                     restarted.close()
+                    del restarted
+                    gc.collect()  # closes its files
             copy.unlink()
     damaged = caplog.text.count("event=object-damaged")
     print(
