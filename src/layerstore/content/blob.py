@@ -24,12 +24,8 @@ from typing import Protocol
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
-<<<<<<< HEAD
 from layerstore.content.files import OpenFile, open_to_fill
-=======
-from layerstore.content.files import OpenFile
 from layerstore.content.room import Room
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
 from layerstore.content.shelf import Shelf
 from layerstore.errors import StorageError
 

@@ -260,16 +260,11 @@ class ObjectStore:
         """Whether the complete object is there."""
         return os.path.exists(self.path(digest)) and digest not in self._unusable
 
-<<<<<<< HEAD
-    def put(self, digest: bytes, data: bytes | memoryview) -> bool:
-        """Store a complete object whose SHA-256 the caller has checked; False if it was there."""
-=======
-    def put(self, digest: bytes, data: bytes | memoryview, *, ahead: bool = False) -> None:
-        """Store a complete object whose SHA-256 the caller has checked; nobody waits if ``ahead``.
+    def put(self, digest: bytes, data: bytes | memoryview, *, ahead: bool = False) -> bool:
+        """Store a complete object whose SHA-256 the caller has checked; False if it was there.
 
-        Raises NoRoom and StorageError.
+        ``ahead`` says that nobody waits for it.
         """
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         target = self.path(digest)
         if self.ledger.trusts(target) and digest not in self._unusable:
             return False

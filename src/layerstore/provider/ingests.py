@@ -281,14 +281,8 @@ class Ingests:
                     shutil.rmtree(target)
                 os.rename(fresh, target)
             except OSError as error:
-<<<<<<< HEAD
                 raise self._objects.disk.failed(error, "cannot publish", target) from error
-=======
-                raise StorageError(f"cannot publish: {error.strerror}", subject=str(target)) from (
-                    error
-                )
             spent.pop_all()  # it stays
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
             self._state.set_complete(record.slot)
             self._state.set_verified(record.slot, layer.diff_size)
         verified = self._state.layer(record.slot)

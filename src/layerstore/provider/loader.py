@@ -21,11 +21,7 @@ from pathlib import Path
 import msgspec
 
 from layerstore import limits
-<<<<<<< HEAD
 from layerstore.content import ObjectStore
-=======
-from layerstore.content import Ledger, Room
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
 from layerstore.errors import (
     ContentError,
     DeadlineExceeded,
@@ -84,19 +80,12 @@ class Loader:
     """Loads TOCs into indexes below ``root`` (one directory a slot).  Thread-safe."""
 
     def __init__(
-<<<<<<< HEAD
         self, root: Path, state: State, client: RegistryClient, objects: ObjectStore
     ) -> None:
         self._root = root
         self._disk = objects.disk
         self._ledger = objects.ledger
-=======
-        self, root: Path, state: State, client: RegistryClient, ledger: Ledger, room: Room
-    ) -> None:
-        self._root = root
-        self._ledger = ledger
-        self._room = room
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
+        self._room = objects.room
         self._state = state
         self._client = client
         self._external = ExternalTocs(client)

@@ -111,11 +111,7 @@ def ingest_layer(
 
             blob = _Blob(open_at, out.fileno(), digest, size, progress, check, charge)
             with blob, _Plain(blob) as plain:
-<<<<<<< HEAD
-                archive = _Archive(plain, objects, check, made)
-=======
-                archive = _Archive(plain, objects, check, ahead)
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
+                archive = _Archive(plain, objects, check, made, ahead)
                 try:
                     with (directory / "index").open("wb") as index:
                         summary = build_index(
@@ -393,24 +389,20 @@ class _Plain:
 class _Archive:
     """The tar archive: each file an object, cut where the blob can be entered.
 
-<<<<<<< HEAD
-    The digests of objects that were not there before are added to ``made``.
+    The digests of objects that were not there before are added to ``made``; ``ahead`` says whether
+    nobody waits for them.
     """
 
-    def __init__(
-        self, plain: _Plain, objects: ObjectStore, check: Callable[[], None], made: bytearray
-    ) -> None:
-        self._made = made
-=======
     def __init__(
         self,
         plain: _Plain,
         objects: ObjectStore,
         check: Callable[[], None],
+        made: bytearray,
         ahead: Callable[[], bool],
     ) -> None:
+        self._made = made
         self._ahead = ahead
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         self._plain = plain
         self._objects = objects
         self._check = check
@@ -431,12 +423,8 @@ class _Archive:
                 missing -= len(pieces[-1])
             data = b"".join(pieces)
         digest = hashlib.sha256(data).digest()
-<<<<<<< HEAD
-        if self._objects.put(digest, data):
+        if self._objects.put(digest, data, ahead=self._ahead()):
             self._made += digest
-=======
-        self._objects.put(digest, data, ahead=self._ahead())
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
         return FileRead(digest, self._cut(entry.payload_offset, data, digest))
 
     def _read_large(self, entry: TarEntry) -> FileRead:

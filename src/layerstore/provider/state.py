@@ -31,59 +31,11 @@ from layerstore.formats.announced import Form
 from layerstore.image import Digest
 from layerstore.provider import names, schema
 from layerstore.provider.dialect import Dialect
-<<<<<<< HEAD
+from layerstore.provider.kept import KeptImages
 
 _log = logging.getLogger(__name__)
 
 _NOTHING_GOES = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
-_VERSION = 2
-_LAYERS = """
-CREATE TABLE {name} (
-    slot INTEGER PRIMARY KEY AUTOINCREMENT,
-    blob_digest TEXT NOT NULL, toc_digest TEXT NOT NULL, diff_id TEXT NOT NULL,
-    size INTEGER NOT NULL, toc_offset INTEGER NOT NULL,
-    form TEXT NOT NULL, notes TEXT NOT NULL, tar_length INTEGER,
-    complete INTEGER NOT NULL DEFAULT 0, diff_size INTEGER NOT NULL DEFAULT -1,
-    quarantine TEXT NOT NULL DEFAULT '',
-    UNIQUE (blob_digest, toc_digest, diff_id)
-);
-"""
-_SCHEMA = """
-CREATE TABLE documents (
-    digest TEXT PRIMARY KEY, media_type TEXT NOT NULL, body BLOB NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE pins (
-    id INTEGER PRIMARY KEY, reference TEXT NOT NULL, digest TEXT NOT NULL,
-    UNIQUE (reference, digest)
-);
-{layers}
-CREATE TABLE views (
-    key INTEGER PRIMARY KEY,
-    reference TEXT NOT NULL, name TEXT NOT NULL, dialect TEXT NOT NULL,
-    slot INTEGER NOT NULL REFERENCES layers (slot), number INTEGER NOT NULL,
-    info BLOB NOT NULL, created REAL NOT NULL,
-    UNIQUE (slot, number)
-);
-CREATE TABLE uses (key INTEGER PRIMARY KEY, count INTEGER NOT NULL);
-""".format(layers=_LAYERS.format(name="layers"))
-# Version 1 knew eStargz only, and a layer's diff ID only from the `info` that was shown.
-_FROM_1 = """
-INSERT INTO layers_2
-    (slot, blob_digest, toc_digest, diff_id, size, toc_offset, form, notes, complete)
-    SELECT slot, blob_digest, toc_digest, coalesce((
-        SELECT coalesce(
-            json_extract(CAST(info AS TEXT), '$."diff-digest"'),
-            json_extract(CAST(info AS TEXT), '$.flags."expected-layer-diffid"'))
-        FROM views WHERE views.slot = layers.slot ORDER BY number LIMIT 1), ''),
-        size, toc_offset, 'estargz', '', complete
-    FROM layers;
-DROP TABLE layers;
-ALTER TABLE layers_2 RENAME TO layers;
-PRAGMA user_version = 2;
-"""
-=======
-from layerstore.provider.kept import KeptImages
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -155,20 +107,13 @@ class State:
                 # A full disk has no room for the file that processes share; one alone needs none.
                 self._db = self._connected("EXCLUSIVE")
             path.chmod(0o600)
-<<<<<<< HEAD
-            self._create()
-=======
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
             schema.bring_up(self._db, path)
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
             self._load()
         except (sqlite3.Error, OSError) as error:
             raise StorageError(
                 f"cannot open the state database: {error}", subject=str(path)
             ) from error
 
-<<<<<<< HEAD
     def _connected(self, locking: str) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
         try:
@@ -181,22 +126,6 @@ class State:
             raise
         return database
 
-    def _create(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-        elif version == 1:
-            created = _LAYERS.format(name="layers_2")
-            self._db.executescript(f"BEGIN; {created} {_FROM_1} COMMIT;")
-        elif version != _VERSION:
-            raise StorageError(
-                f"state database has version {version}, this program knows {_VERSION}",
-                subject=str(self._path),
-                advice="use the layerstore release that wrote it",
-            )
-
-=======
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
     def _load(self) -> None:
         self._layers: dict[int, LayerRecord] = {}
         self._complete: set[int] = set()
@@ -265,8 +194,10 @@ class State:
         record = self._layers[slot]
         try:
             self._write(
-                "UPDATE layers SET complete = ?, diff_size = ?, quarantine = ? WHERE slot = ?",
-                slot in self._complete, record.diff_size, record.quarantine, slot,
+                "UPDATE layers SET complete = ?, diff_size = ?, quarantine = ?, evicted = ?"
+                " WHERE slot = ?",
+                slot in self._complete, record.diff_size, record.quarantine,
+                self._evicted.get(slot, 0.0), slot,
             )  # fmt: skip
         except DiskFull as error:
             self._unsaved.add(slot)
@@ -425,20 +356,10 @@ class State:
     def set_complete(self, slot: int, complete: bool = True) -> None:
         """Remember whether the whole blob is stored and its digest was checked."""
         with self._lock:
-<<<<<<< HEAD
             (self._complete.add if complete else self._complete.discard)(slot)
-            self._save_layer(slot)
-=======
-            self._write(
-                "UPDATE layers SET complete = ?, evicted = iif(?, 0, evicted) WHERE slot = ?",
-                complete, complete, slot,
-            )  # fmt: skip
             if complete:
-                self._complete.add(slot)
                 self._evicted.pop(slot, None)
-            else:
-                self._complete.discard(slot)
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
+            self._save_layer(slot)
 
     # -- what stays on the disk ----------------------------------------------------------
 
@@ -449,10 +370,9 @@ class State:
     def set_evicted(self, slot: int) -> None:
         """The contents of the layer are about to be removed."""
         with self._lock:
-            now = time.time()
-            self._write("UPDATE layers SET complete = 0, evicted = ? WHERE slot = ?", now, slot)
             self._complete.discard(slot)
-            self._evicted[slot] = now
+            self._evicted[slot] = time.time()
+            self._save_layer(slot)
 
     def used(self, slot: int) -> float:
         """When somebody last used the layer, in seconds since 1970; never waits."""

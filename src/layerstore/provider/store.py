@@ -87,15 +87,9 @@ class Store:
         self._state = open_state(root)
         self._backup = Backup(self._state, root)
         self._images = Images(self._state, client)
-<<<<<<< HEAD
-        self._objects = ObjectStore(root / "content")
-        self._loader = Loader(root / "layers", self._state, client, self._objects)
-=======
         self._room = Room(root, self.policy.disk)
         self._objects = ObjectStore(root / "content", self._room)
-        ledger = self._objects.ledger
-        self._loader = Loader(root / "layers", self._state, client, ledger, self._room)
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
+        self._loader = Loader(root / "layers", self._state, client, self._objects)
         self._scheduler = Scheduler()
         self._outages = Outages()
         self._sources = Sources(client, self.policy.patience)
@@ -426,14 +420,11 @@ class Store:
         with self._lock:
             self._lookups[result] += 1
 
-<<<<<<< HEAD
-=======
     def found(self, view: View) -> None:
         """A lookup of a known layer was answered elsewhere."""
-        self._count("known")
+        self.count_lookup("known")
         self.layers.touch(view.slot)
 
->>>>>>> aea9317 (Bound the disk use: a limit that is counted, eviction by who needs a layer, df and gc)
     # -- use counts ---------------------------------------------------------------------
 
     def use(self, view: View) -> None:
