@@ -220,3 +220,34 @@ def test_a_fetch_goes_on_with_the_next_server(make_store: MakeStore) -> None:
     _, said = fetch.communicate(timeout=60)
     assert (fetch.returncode, said) == (0, "")
     assert all(layer["complete"] for layer in store.status()["layers"])
+
+
+def test_in_a_user_namespace_of_ones_own(tmp_path: Path) -> None:
+    """As inside `podman unshare`: the mount is seen in the namespace only, so all happens there."""
+    script = f"""
+set -e
+{sys.executable} -m layerstore.cli serve {tmp_path}/store --root {tmp_path} 2>{tmp_path}/log &
+keeper=$!
+until grep -q event=serving {tmp_path}/log; do sleep 0.1; done
+kill -9 $(cut -d' ' -f1 /proc/$keeper/task/$keeper/children)
+stat --file-system {tmp_path}/store >/dev/null  # waits for the next server
+exec 9<{tmp_path}/store
+{sys.executable} -m layerstore.cli reload --root {tmp_path} --quiet
+kill $keeper
+until grep -q event=draining {tmp_path}/log; do sleep 0.1; done
+mountpoint -q {tmp_path}/store && exit 1
+stat --file-system /proc/self/fd/9/ >/dev/null
+exec 9<&-
+wait $keeper
+"""
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    log = (tmp_path / "log").read_text()
+    assert (done.returncode, done.stderr) == (0, ""), log
+    assert log.count("event=server-died") == 1
+    assert log.rstrip().endswith(f"event=stopped mountpoint={tmp_path}/store")
