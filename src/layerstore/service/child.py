@@ -78,6 +78,7 @@ class Child:
                     systemd.without_ours(os.environ),
                     file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), LINK_FD)],
                     setsigmask=(),
+                    setpgroup=0,  # what a terminal sends is the keeper's to obey
                 )
             except OSError as error:
                 ours.close()

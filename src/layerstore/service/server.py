@@ -43,8 +43,6 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true")
     given = parser.parse_args()
     _die_with(given.keeper)
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the keeper, too
-        signal.signal(number, signal.SIG_IGN)
     link = socket.socket(fileno=LINK_FD)
     link.set_inheritable(False)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
