@@ -51,6 +51,7 @@ CONNECT_SECONDS: Final = 10.0
 READ_SECONDS: Final = 30.0  # silence on one connection
 TOKEN_BYTES: Final = 1 * MIB
 TOKEN_MIN_SECONDS: Final = 60  # distribution token specification: default and lower bound
+TOKEN_RENEW_RETRY_SECONDS: Final = 10.0  # a token that could not be renewed in time is used on
 ERROR_BODY_BYTES: Final = 64 * KIB
 REDIRECTS: Final = 5
 ATTEMPTS: Final = 5  # of one request, the first included

@@ -68,7 +68,7 @@ class RegistryClient:
             settings.helper_env,
             settings.registries.credential_helpers,
         )
-        self._tokens = TokenCache(settings.clock)
+        self._tokens = TokenCache(settings.clock, settings.jitter)
         self._lock = threading.Lock()
         self._hosts: OrderedDict[tuple[str, bool], Host] = OrderedDict()
         self._preferred: OrderedDict[str, tuple[float, Endpoint]] = OrderedDict()  # until when

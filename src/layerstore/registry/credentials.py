@@ -117,20 +117,43 @@ class CredentialStore:
         self._env = None if env is None else dict(env)
         self._lock = threading.Lock()
         self._known: dict[str, Credential | None] = {}
+        self._reads: dict[str, int] = {}  # begun so far
+        self._reading: dict[str, threading.Lock] = {}
 
     def lookup(self, repository: str, *, refresh: bool = False) -> Credential | None:
         """The credential for ``host/namespace/name``, None for anonymous access.
 
-        ``refresh`` reads files and asks programs again.  Raises ``ConfigError``
-        when nothing was found and a file or program was broken.
+        ``refresh`` reads files and asks programs again, once for all who wait for it.
+        What was known stays where that fails.  Raises ``ConfigError`` when nothing was
+        found or known and a file or program was broken.
         """
         with self._lock:
             if not refresh and repository in self._known:
                 return self._known[repository]
-        found = self._find(repository)
+            reads = self._reads.get(repository, 0)
+            reading = self._reading.setdefault(repository, threading.Lock())
+        with reading:
+            with self._lock:
+                # one that began later than this call is as good as one of our own
+                if self._reads.get(repository, 0) > reads and repository in self._known:
+                    return self._known[repository]
+                self._reads[repository] = self._reads.get(repository, 0) + 1
+            return self._read(repository)
+
+    def _read(self, repository: str) -> Credential | None:
+        try:
+            found = self._find(repository)
+        except ConfigError as error:
+            with self._lock:
+                if repository not in self._known:
+                    raise
+                found = self._known[repository]
+            _log.warning("credentials of %s could not be read again: %s", repository, error)
         with self._lock:
             if len(self._known) >= limits.TOKENS:
                 self._known.clear()
+                self._reads.clear()
+                self._reading.clear()
             self._known[repository] = found
         return found
 

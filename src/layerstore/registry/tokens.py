@@ -2,7 +2,9 @@
 
 Distribution token specification ("Token Authentication", "OAuth2").  Tokens are
 kept by (realm, service, scope, credential) until they expire; threads that need
-the same token wait for the one that fetches it.
+the same token wait for the one that fetches it.  A token is renewed a while before it
+expires, at a time drawn at random for each, so that many services do not renew at once;
+requests meanwhile go on with the old one.
 """
 
 from __future__ import annotations
@@ -40,16 +42,19 @@ class _Slot:
     # Held while a token is fetched; the other fields belong to the cache's lock.
     lock: threading.Lock = field(default_factory=threading.Lock)
     token: str | None = None
+    asked: float = 0.0
+    renew: float = 0.0
     expires: float = 0.0
     failures: int = 0
     failure: LayerstoreError | None = None
 
 
 class TokenCache:
-    """Tokens of one client.  ``clock`` is monotonic."""
+    """Tokens of one client.  ``clock`` is monotonic, ``jitter`` gives numbers in [0, 1)."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], jitter: Callable[[], float]) -> None:
         self._clock = clock
+        self._jitter = jitter
         self._lock = threading.Lock()
         self._slots: dict[TokenKey, _Slot] = {}
 
@@ -65,12 +70,15 @@ class TokenCache:
                 self._slots.clear()
             slot = self._slots.setdefault(key, _Slot())
             seen = slot.failures
+        old = self._usable(slot)
         patience = -1.0 if deadline is None else max(deadline - self._clock(), 0.0)
-        if not slot.lock.acquire(timeout=patience):
+        if not slot.lock.acquire(timeout=0.0 if old else patience):
+            if old:
+                return old  # somebody renews it
             raise DeadlineExceeded("no token in time", subject=key.realm)
         try:
             with self._lock:
-                if slot.token is not None and self._clock() < slot.expires:
+                if slot.token is not None and self._clock() < slot.renew:
                     return slot.token
                 if slot.failure is not None and slot.failures > seen:
                     raise copy.copy(slot.failure)  # it failed while this thread waited
@@ -78,17 +86,34 @@ class TokenCache:
             try:
                 token, seconds = fetch()
             except DeadlineExceeded:
+                if old:
+                    return old
                 raise  # this thread's own haste says nothing about the server
             except LayerstoreError as error:
                 with self._lock:
+                    if old:  # it will do for a while
+                        slot.renew = self._clock() + limits.TOKEN_RENEW_RETRY_SECONDS
+                        return old
                     slot.failure, slot.failures = error, slot.failures + 1
                 raise
             life = max(seconds - _EXPIRY_MARGIN_SECONDS, limits.TOKEN_MIN_SECONDS)
             with self._lock:
                 slot.token, slot.expires, slot.failure = token, asked + life, None
+                slot.asked, slot.renew = asked, asked + life * (0.9 + self._jitter() / 10)
             return token
         finally:
             slot.lock.release()
+
+    def _usable(self, slot: _Slot) -> str:
+        """The token, if it has not expired."""
+        with self._lock:
+            return slot.token if slot.token and self._clock() < slot.expires else ""
+
+    def age(self, key: TokenKey, token: str) -> float:
+        """Seconds since this token was asked for; 0 if it is not the present one."""
+        with self._lock:
+            slot = self._slots.get(key)
+            return self._clock() - slot.asked if slot is not None and slot.token == token else 0.0
 
     def discard(self, key: TokenKey, token: str) -> None:
         """Forget ``token`` unless another one has taken its place."""
@@ -183,6 +208,15 @@ class Authenticator:
             self._store.lookup(access.repository, refresh=True)
         header = self._respond(challenge, access, deadline)
         return None if header == sent else header
+
+    def may_have_expired(self, access: Access, sent: str | None) -> bool:
+        """Whether a header that got a 403 holds a token that is old enough to be the reason."""
+        with self._lock:
+            challenge = self._challenges.get(access)
+        if challenge is None or sent is None or not sent.startswith("Bearer "):
+            return False
+        key = self._key(challenge, access, self._store.lookup(access.repository))
+        return self._tokens.age(key, sent.removeprefix("Bearer ")) >= limits.TOKEN_MIN_SECONDS
 
     def credentials_changed(self, access: Access) -> bool:
         """Read the credential again; whether it is another one than before."""

@@ -200,7 +200,11 @@ class Host:
                 raise self._passing(error, response)
             if status not in (401, 403) or not ours:
                 raise error
-            if status == 403 and not self._auth.credentials_changed(request.access):
+            if (
+                status == 403
+                and not self._auth.may_have_expired(request.access, sent)
+                and not self._auth.credentials_changed(request.access)
+            ):
                 raise error
             values = response.headers.getlist("WWW-Authenticate")
             header = self._auth.answer(request.access, values, sent, deadline)

@@ -111,6 +111,49 @@ def test_token_is_renewed_when_it_expires(
     assert registry.count("GET", "/manifests/") == before + 1  # renewed before it was refused
 
 
+def test_a_token_is_renewed_before_it_expires_while_others_use_the_old_one(
+    start: MakeRegistry, make_client: MakeClient, reference: MakeReference, clock: Any
+) -> None:
+    registry = start(auth="bearer", anonymous=True, token_seconds=1000)
+    client, ref = make_client(registry, jitter=lambda: 0.0, read_seconds=10.0), reference(registry)
+    client.manifest(ref)
+    clock.now += 880
+    client.manifest(ref)
+    assert registry.count("GET", "/token") == 1
+    clock.now += 20  # the last tenth
+    slow = registry.fault("latency", "/token", seconds=1.0)
+    renewing = threading.Thread(target=client.manifest, args=(ref,))
+    renewing.start()
+    while not slow.hits:
+        pass
+    client.manifest(ref)
+    assert renewing.is_alive()
+    renewing.join(10)
+    assert registry.count("GET", "/token") == 2
+    slow.times = 0
+    registry.fault("status", "/token", status=503)
+    clock.now += 900
+    client.manifest(ref)  # the old one is still good
+    assert registry.requests("GET", "/manifests/")[-1].status == 200
+
+
+def test_an_old_token_that_gets_403_is_renewed(
+    start: MakeRegistry, make_client: MakeClient, reference: MakeReference, clock: Any
+) -> None:
+    registry = start(auth="bearer", anonymous=True, token_seconds=1000)
+    client, ref = make_client(registry), reference(registry)
+    client.manifest(ref)
+    clock.now += 100
+    refused = registry.fault("status", "manifests", status=403, times=1)
+    assert client.manifest(ref).raw == MANIFEST
+    assert refused.hits == 1
+    assert registry.count("GET", "/token") == 2
+    registry.fault("status", "manifests", status=403)  # a new one is not the reason
+    with pytest.raises(AuthenticationError):
+        client.manifest(ref)
+    assert registry.count("GET", "/token") == 2
+
+
 def test_token_is_kept_for_a_minute_at_least(
     start: MakeRegistry, make_client: MakeClient, reference: MakeReference, clock: Any
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,41 @@ class TestFiles:
         found = store.lookup("host/x", refresh=True)
         assert found is not None
         assert found.username == "v"
+
+    def test_what_is_known_stays_where_it_cannot_be_read_again(self, tmp_path: Path) -> None:
+        file = _auths(tmp_path / "a", auths={"host": _entry("u")})
+        store = CredentialStore((file,))
+        assert _user(store, "host/x") == "u"
+        file.path.write_text("{broken")
+        found = store.lookup("host/x", refresh=True)
+        assert found is not None
+        assert found.username == "u"
+        with pytest.raises(ConfigError):
+            store.lookup("other/x")
+
+    def test_many_who_are_refused_at_once_read_once(self) -> None:
+        asked: list[str] = []
+        gate = threading.Event()
+
+        def source(repository: str) -> Credential:
+            asked.append(repository)
+            gate.wait(10)
+            return Credential(f"u{len(asked)}")
+
+        store = CredentialStore((), (source,))
+        found: list[Credential | None] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(store.lookup("host/x", refresh=True)))
+            for _ in range(20)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert len(found) == 20
+        assert len(asked) <= 2  # who came while it was being read cannot tell how new that is
 
     def test_sources_come_first(self, tmp_path: Path) -> None:
         file = _auths(tmp_path / "a", auths={"host": _entry("u")})
