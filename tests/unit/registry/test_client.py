@@ -496,8 +496,8 @@ class TestPlaces:
         assert client.manifest(logical).raw == MANIFEST
         assert (mirror.count("GET", "manifests"), primary.count()) == (1, 0)
 
-    def test_falls_back_to_the_primary_and_stays_there(
-        self, make_client: MakeClient, pair: Pair, logical: Reference
+    def test_falls_back_to_the_primary_and_stays_there_for_a_while(
+        self, make_client: MakeClient, pair: Pair, logical: Reference, clock: Any
     ) -> None:
         mirror, primary = pair
         mirror.manifests.clear()
@@ -505,6 +505,26 @@ class TestPlaces:
         assert client.manifest(logical).raw == MANIFEST
         assert client.blob(logical, Digest.of(DATA), len(DATA)) == DATA
         assert mirror.count("GET", "blobs") == 0
+        clock.now += limits.PREFERRED_SECONDS
+        assert client.blob(logical, Digest.of(DATA), len(DATA)) == DATA
+        assert mirror.count("GET", "blobs") == 1  # the order of registries.conf
+
+    def test_who_answered_lately_is_known(
+        self, make_client: MakeClient, pair: Pair, logical: Reference, clock: Any
+    ) -> None:
+        mirror, primary = pair
+        client = self.client(make_client, mirror, primary)
+        assert client.hosts(logical) == (mirror.host, primary.host)
+        assert not client.answered_since(logical, clock.now - 100)
+        client.manifest(logical)
+        assert client.answered_since(logical, clock.now - 1)
+        assert not client.answered_since(logical, clock.now)
+        clock.now += 50
+        for registry in pair:
+            registry.fault("status", "", status=503)
+        with pytest.raises(RegistryError):
+            client.manifest(logical)
+        assert not client.answered_since(logical, clock.now - 40)
 
     def test_blob_missing_where_the_manifest_was(
         self, make_client: MakeClient, pair: Pair, logical: Reference
