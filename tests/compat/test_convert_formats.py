@@ -231,7 +231,7 @@ def newer_ctr_remote(workspace: Path, trixie: TrixieTools) -> Path:
 
 
 def test_ctr_remote_makes_the_same_image_of_tables_of_contents(
-    newer_ctr_remote: Path, workspace: Path, tmp_path: Path, push: Push
+    newer_ctr_remote: Path, workspace: Path, tmp_path: Path, push: Push, make_rig: MakeRig
 ) -> None:
     image = images.small_image()
     layout = tmp_path / "ours"
@@ -257,6 +257,14 @@ def test_ctr_remote_makes_the_same_image_of_tables_of_contents(
     for tocs in (tables(theirs), tables(layout)):
         assert len(tocs) == len(image.layers)
     assert tables(theirs) == tables(layout)
+    # and what ctr-remote made is served as ours is
+    reference = "external/ctr-remote:1"
+    push(oci.StoredImage(theirs, "1-esgztoc", "", 0, ""), f"{reference}-esgztoc")
+    push(oci.read_image(theirs, "1"), reference)
+    rig = make_rig("debian13")
+    rig.env.podman("pull", rig.image(reference))
+    assert lab.extracted_layers(rig.env) == []
+    assert rig.env.podman("run", "--rm", rig.image(reference)).stdout == HELLO
 
 
 def document(layout: Path, digest: str) -> Any:

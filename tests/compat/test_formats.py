@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -195,15 +200,73 @@ def test_an_eager_store_serves_ordinary_layers_at_the_first_pull(
     assert rig.env.podman("run", "--rm", image).stdout == HELLO
 
 
-def test_a_second_image_that_shares_files_costs_nothing(
-    forms: Callable[[Form], Pushed], make_rig: MakeRig
+def test_a_second_image_that_shares_layers_or_files_costs_nothing(
+    forms: Callable[[Form], Pushed], push: Push, make_rig: MakeRig
 ) -> None:
     rig = make_rig("debian12", config='[ordinary]\npolicy = "eager"\n')
-    _pull(rig, "podman 4", forms("tar.gz").name)
-    objects = rig.service.root / "content" / "objects"
-    before = {path: path.stat().st_ino for path in objects.glob("*/*")}
-    _pull(rig, "podman 4", forms("tar.zst").name)
-    assert {path: path.stat().st_ino for path in objects.glob("*/*")} == before
+    first = forms("tar.gz")
+    _pull(rig, "podman 4", first.name)
+    brought = lab.blob_requests(rig.provider, first.image)
+    assert sorted(one.bytes for one in brought) == sorted(lab.sizes(first.image).values())
+    content = rig.service.root / "content"
+    before = _objects(content)
+    # the same layers in another repository: the registry is not asked for a byte of them
+    rig.provider.clear()
+    _pull(rig, "podman 4", push(first.image, "forms/shared:2").name)
+    assert lab.blob_requests(rig.provider, first.image) == []
+    assert lab.blob_requests(rig.client, first.image) == []
+    # the same files in other blobs: each of these comes once, and no file is stored again
+    other = forms("tar.zst")
+    _pull(rig, "podman 4", other.name)
+    brought = lab.blob_requests(rig.provider, other.image)
+    assert sorted(one.bytes for one in brought) == sorted(lab.sizes(other.image).values())
+    assert _objects(content) == before
+
+
+def _objects(content: Path) -> dict[str, tuple[int, int]]:
+    """Each stored file, by its digest: which one on the disk it is, and its size."""
+    found = {path.name: path.stat() for path in content.glob("objects/*/*")}
+    return {name: (stat.st_ino, stat.st_size) for name, stat in found.items()}
+
+
+def test_a_fetch_shows_a_bar_on_a_terminal_and_lines_elsewhere(
+    forms: Callable[[Form], Pushed], make_rig: MakeRig
+) -> None:
+    rig = make_rig("debian12")
+    pushed = forms("tar.gz")
+    place = ("--root", str(rig.service.root), rig.image(pushed.name))
+    own, terminal = pty.openpty()
+    shown = bytearray()
+
+    def collect() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(own, 65536):
+                shown.extend(data)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    command = [*rig.env.command("layerstore"), "fetch", *place]
+    environment = {**rig.env.environment(), "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=terminal, check=False, timeout=60
+    )
+    os.close(terminal)
+    thread.join(10)
+    os.close(own)
+    assert done.returncode == 0, shown
+    text = shown.decode()
+    assert "\x1b[" in text  # a bar is drawn where it was before
+    for layer in pushed.image.layers:
+        assert layer.digest.removeprefix("sha256:")[:12] in text
+    assert done.stdout.decode().endswith("all here and verified\n")
+
+    plain = rig.env.layerstore("fetch", *place)
+    lines = [f"Copying blob {layer.digest}" for layer in pushed.image.layers]
+    assert sorted(plain.stderr.splitlines()) == sorted(lines)
+    report = json.loads(rig.env.layerstore("fetch", "--json", *place).stdout)
+    assert report["failure"] is None
+    assert {one["digest"]: one["size"] for one in report["layers"]} == lab.sizes(pushed.image)
+    assert {(one["state"], one["form"]) for one in report["layers"]} == {("complete", "tar+gzip")}
 
 
 def test_a_node_that_was_given_the_index_serves_ordinary_layers_lazily(
