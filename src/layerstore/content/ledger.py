@@ -118,7 +118,7 @@ class Ledger:
     def stamp(self, file: int) -> None:
         """All bytes of the file are written, or were verified.  Raises OSError."""
         self._dirty = True
-        if self._marked:
+        if self._marked and not self._late:  # another's mark may tell of our generation already
             os.utime(file, ns=(time.time_ns(), self._current * _SECOND + _TAG))
 
     def distrust(self, file: int) -> None:

@@ -198,6 +198,19 @@ def test_a_time_is_no_stamp(tmp_path: Path, boot: Path):
     assert not book.trusts(str(tmp_path / "absent"))
 
 
+def test_who_goes_on_writing_after_a_hand_over_stamps_nothing(tmp_path: Path, boot: Path):
+    """The next server's mark may say already that the generation is on the disk."""
+    old = Ledger(tmp_path)
+    old.sync()
+    old.end(clean=False)
+    new = Ledger(tmp_path)
+    new.sync()
+    path = tmp_path / "file"
+    with path.open("wb") as out:
+        old.stamp(out.fileno())
+    assert not new.trusts(str(path))
+
+
 def test_a_failed_sync_makes_suspect_what_was_not_synced(tmp_path: Path, boot: Path, monkeypatch):
     book = Ledger(tmp_path)
     book.sync()
