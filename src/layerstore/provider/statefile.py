@@ -107,10 +107,14 @@ class Backup:
         self._state = state
         self._path = root / "state.sqlite.copy"
         self._changes = -1
+        self._ended = False
         self._when = float("-inf")
 
     def renew(self, *, last: bool = False) -> None:
         """Copy the state, but not more often than needed, unless it is the ``last`` time."""
+        if self._ended:
+            return
+        self._ended = last
         if not last and time.monotonic() - self._when < limits.STATE_BACKUP_SECONDS:
             return
         try:
