@@ -7,6 +7,7 @@ run for half an hour): the loads of `lab.loads` on it, and what a plain pull gav
 from __future__ import annotations
 
 import http.client
+import random
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,7 +45,7 @@ class Workbench:
         flavour: Flavour = "debian13",
         present: int = 2,
         coming: int = 6,
-        tags: int = 10,
+        tags: int = 20,
         config: str = "",
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -84,21 +85,25 @@ class Workbench:
                     board=Path(),  # the crew's choice
                     seed=f"{seed} {number} {kind}",
                     places=tuple(self._places),
-                    runnables=self._runnables(kind),
+                    runnables=self._runnables(kind, seed),
                     podman=tuple(self.rig.env.command("podman")),
                     environment=self.rig.env.environment(),
                 )
             )
         return crew
 
-    def _runnables(self, kind: Kind) -> tuple[Runnable, ...]:
+    def _runnables(self, kind: Kind, seed: str) -> tuple[Runnable, ...]:
+        """Those to come in their order for the first crew, for later ones in any."""
         numbers: Sequence[int] = self._coming if kind == "pulls" else self._present
         tags: Sequence[int] = self._tags if kind == "pulls" else self._tags[:1]
-        return tuple(
+        found = [
             Runnable(self.rig.image(_name(number, tag)), loadimages.prints(number))
             for tag in tags
             for number in numbers
-        )
+        ]
+        if kind == "pulls" and self._crews > 1:
+            random.Random(seed).shuffle(found)
+        return tuple(found)
 
     def _push(self) -> None:
         with PodmanEnv(self.directory / "pusher", registries=(self.registry.host,)) as env:
