@@ -54,6 +54,7 @@ _PAGE: Final = mmap.PAGESIZE
 _SHORT_BYTES: Final = 8 << 20  # a page at a time and thrown away before: longer ones take too long
 _PIECES: Final = (4096, 16_384, 65_536, 131_072, 1 << 20)
 _PERMITTED: Final = frozenset((*trees.FORMAT_FILES, b"."))
+_NICE: Final = 5  # loads take all processors: a new server is to come up between them
 _COMMAND_SECONDS: Final = 300.0  # a hang is for the one who watches the board to notice
 
 
@@ -393,6 +394,7 @@ def _said(error: OSError | subprocess.SubprocessError) -> str:
 def main() -> None:
     """Run the task that the file in the first argument describes."""
     faulthandler.enable()
+    os.nice(_NICE)
     raw = Path(sys.argv[1]).read_bytes()
     Load(msgspec.msgpack.decode(raw, type=Task, dec_hook=_path)).run()
 

@@ -44,7 +44,7 @@ class Workbench:
         *,
         flavour: Flavour = "debian13",
         present: int = 2,
-        coming: int = 6,
+        coming: int = 4,
         tags: int = 20,
         config: str = "",
     ) -> None:

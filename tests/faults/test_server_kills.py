@@ -8,6 +8,7 @@ LAYERSTORE_SERVER_KILLS is how many there are in all, LAYERSTORE_SEED chooses th
 """
 
 import collections
+import contextlib
 import os
 import random
 import re
@@ -27,7 +28,10 @@ from lab.workbench import Workbench
 from layerstore import fuse, service
 
 KILLS = int(os.environ.get("LAYERSTORE_SERVER_KILLS", "100"))
-SHARES = {"nothing": 0.4, "registry": 0.3, "upgrades": 0.3}
+SHARES = {"nothing": 0.3, "registry": 0.25, "upgrades": 0.25, "evictions": 0.2}
+LIMIT = (
+    '[disk]\nlimit = "100 MiB"\n'  # less than all images need, so that room is made all the time
+)
 LOADS: tuple[Kind, ...] = ("read", "mmap", "walk", "containers", "pulls")
 UPGRADES = 10
 KEEPERS = 3
@@ -59,7 +63,7 @@ def test_nobody_notices_that_the_server_is_killed(bench: Workbench, seed: int, b
     wanted = max(1, round(KILLS * SHARES[beside]))
     choice = random.Random(f"{seed} {beside}")
     logged = len(bench.rig.service.log())
-    with bench.crew(f"{seed} {beside}", LOADS) as crew:
+    with limited(bench, beside == "evictions"), bench.crew(f"{seed} {beside}", LOADS) as crew:
         killer = ServerKiller(bench.rig.service, bench.control, crew, choice)
         kills = []
         for number in range(wanted):
@@ -83,6 +87,20 @@ def test_nobody_notices_that_the_server_is_killed(bench: Workbench, seed: int, b
     assert not events.keys() & NEVER
     # without its registry the store knows no new reference: then Podman pulls plainly
     assert beside == "registry" or "lookup-refused" not in events
+    assert (beside == "evictions") == ("evicted" in events)
+
+
+@contextlib.contextmanager
+def limited(bench: Workbench, wanted: bool) -> Iterator[None]:
+    """With little disk for a while."""
+    store = bench.rig.service
+    if wanted:
+        store.configure(LIMIT)
+        service.reload(store.root)
+    yield
+    if wanted:
+        store.configure("")
+        service.reload(store.root)
 
 
 def test_nobody_notices_ten_upgrades(bench: Workbench, seed: int) -> None:
