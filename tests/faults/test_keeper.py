@@ -228,13 +228,13 @@ def test_in_a_user_namespace_of_ones_own(tmp_path: Path) -> None:
 set -e
 {sys.executable} -m layerstore.cli serve {tmp_path}/store --root {tmp_path} 2>{tmp_path}/log &
 keeper=$!
-until grep -q event=serving {tmp_path}/log; do sleep 0.1; done
+until grep -qs event=serving {tmp_path}/log; do sleep 0.1; done
 kill -9 $(cut -d' ' -f1 /proc/$keeper/task/$keeper/children)
 stat --file-system {tmp_path}/store >/dev/null  # waits for the next server
 exec 9<{tmp_path}/store
 {sys.executable} -m layerstore.cli reload --root {tmp_path} --quiet
 kill $keeper
-until grep -q event=draining {tmp_path}/log; do sleep 0.1; done
+until grep -qs event=draining {tmp_path}/log; do sleep 0.1; done
 mountpoint -q {tmp_path}/store && exit 1
 stat --file-system /proc/self/fd/9/ >/dev/null
 exec 9<&-
