@@ -29,9 +29,7 @@ from layerstore import fuse, service
 
 KILLS = int(os.environ.get("LAYERSTORE_SERVER_KILLS", "100"))
 SHARES = {"nothing": 0.3, "registry": 0.25, "upgrades": 0.25, "evictions": 0.2}
-LIMIT = (
-    '[disk]\nlimit = "48 MiB"\n'  # less than all images need, so that room is made all the time
-)
+LIMIT = '[disk]\nlimit = "48 MiB"\n'  # less than all images need, so that room is made all the time
 LOADS: tuple[Kind, ...] = ("read", "mmap", "walk", "containers", "pulls")
 UPGRADES = 10
 KEEPERS = 3

@@ -42,6 +42,8 @@ VERBS: Final = {
         "inspect-layer": "inspectlayer:inspect_layer",
         "df": "diskuse:df",
         "gc": "diskuse:gc",
+        "pin": "diskuse:pin",
+        "unpin": "diskuse:unpin",
     },
     "Moving images": {
         "pull": "pull:pull",

@@ -1,4 +1,4 @@
-"""``layerstore df`` and ``layerstore gc``: what the store takes on disk, and making room."""
+"""``layerstore df``, ``gc``, ``pin`` and ``unpin``: what the store takes on disk, and what stays."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from layerstore import service
 from layerstore.cli.common import (
     Json,
+    Quiet,
     human_age,
     human_size,
     print_json,
@@ -18,6 +19,9 @@ from layerstore.cli.common import (
     short_id,
     switch,
 )
+from layerstore.cli.fetch import bring
+from layerstore.errors import UsageError
+from layerstore.image import Reference
 from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT, DiskReport
 
 _Root = Annotated[Path | None, Parameter(help=f"Root directory of the service [{DEFAULT_ROOT}].")]
@@ -154,3 +158,54 @@ def gc(
         print_table(("LAYER", "REASON", "SIZE", "IMAGE"), rows)
     verb = "Would reclaim" if dry_run else "Reclaimed"
     print(f"{verb}: {human_size(report.size, space=False)}")
+
+
+def pin(
+    reference: Annotated[str, Parameter(help="Image to pin; none: list the pinned ones.")] = "",
+    /,
+    *,
+    platform: Annotated[
+        list[str] | None,
+        Parameter(negative="", help="Of this os/architecture[/variant]; may be repeated."),
+    ] = None,
+    all_platforms: Annotated[bool, switch("All images of an index.")] = False,
+    root: _Root = None,
+    config: _Config = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Bring all layers of an image to the service's store, and never evict them."""
+    if reference:
+        bring(reference, platform, all_platforms, root, config, json=json, quiet=quiet, keep=True)
+        return
+    settings = service.load(config)
+    with service.disk_control((root or Path(settings.root)).absolute(), settings) as disk:
+        found = disk.pinned()
+    if json:
+        print_json(found)
+        return
+    print_table(
+        ("IMAGE", "LAYERS", "STATE"),
+        [
+            (image.reference, str(image.layers), "complete" if image.complete else "incomplete")
+            for image in found.images
+        ],
+    )
+
+
+def unpin(
+    *references: Annotated[str, Parameter(help="Images, as they were pinned.")],
+    root: _Root = None,
+    config: _Config = None,
+    json: Json = False,
+) -> None:
+    """Let images be evicted again.  Nothing is removed by it."""
+    if not references:
+        raise UsageError("which image?", advice="layerstore pin lists them")
+    names = [str(Reference.parse(one.removeprefix("docker://"))) for one in references]
+    settings = service.load(config)
+    with service.disk_control((root or Path(settings.root)).absolute(), settings) as disk:
+        for name in names:
+            disk.unpin(name)
+    if json:
+        print_json(names)

@@ -48,13 +48,28 @@ def fetch(
     They are complete and verified then, and need no registry any more.  Where no service runs
     on the root directory, it is done without one.
     """
+    bring(reference, platform, all_platforms, root, config, json=json, quiet=quiet)
+
+
+def bring(
+    reference: str,
+    platform: list[str] | None,
+    all_platforms: bool,
+    root: Path | None,
+    config: Path | None,
+    *,
+    json: bool,
+    quiet: bool,
+    keep: bool = False,
+) -> None:
+    """Fetch an image, and pin it if it is to be kept; shows what comes of it."""
     if platform and all_platforms:
         raise UsageError("--platform and --all-platforms exclude each other")
     settings = service.load(config)
     where = (root or Path(settings.root)).absolute()
     name = str(Reference.parse(reference.removeprefix("docker://")))
     with service.fetcher(where, settings) as fetcher, listener(quiet=quiet or json) as shown:
-        job = fetcher.start(name, None if all_platforms else tuple(platform or ()))
+        job = fetcher.start(name, None if all_platforms else tuple(platform or ()), keep=keep)
         try:
             status = _follow(fetcher, job, shown)
         except BaseException:
@@ -76,7 +91,8 @@ def fetch(
         )
     if not json and not quiet:
         size = sum(layer.size for layer in status.layers)
-        print(f"{name}: {len(status.layers)} layers, {size} bytes, all here and verified")
+        pinned = ", and pinned" if keep else ""
+        print(f"{name}: {len(status.layers)} layers, {size} bytes, all here and verified{pinned}")
 
 
 def _follow(fetcher: service.Fetcher, job: str, shown: PullListener) -> FetchStatus:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from layerstore.content import Room
+from layerstore.errors import UnknownObject
 from layerstore.provider.eviction import NO_LAYER, LayerFacts, Standing, Step
 from layerstore.provider.housekeeping import Housekeeper
 from layerstore.provider.state import State
@@ -61,6 +62,26 @@ class DiskUse:
             "size": sum(step.size for step in steps),
             "removed": [self._removal(step, references) for step in steps],
         }
+
+    def pinned(self) -> Mapping[str, object]:
+        """The pinned images, and how many of their layers are known and complete."""
+        return {
+            "images": [
+                {
+                    "reference": image.reference,
+                    "layers": len(image.slots),
+                    "complete": image.complete
+                    and all(self._state.is_complete(slot) for slot in image.slots),
+                }
+                for image in sorted(self._state.kept.images(), key=lambda one: one.reference)
+            ]
+        }
+
+    def unpin(self, reference: str) -> Mapping[str, object]:
+        """Let an image be evicted again; UnknownObject if it was not pinned."""
+        if not self._state.kept.let_go(reference):
+            raise UnknownObject("the image is not pinned", subject=reference)
+        return {}
 
     def _references(self) -> dict[int, list[str]]:
         found: dict[int, set[str]] = {}

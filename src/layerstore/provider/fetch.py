@@ -15,6 +15,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
 from layerstore import limits
 from layerstore.errors import LayerstoreError, ServiceError, UnknownObject
 from layerstore.formats.announced import announced
@@ -53,7 +55,8 @@ class FetchedLayer:
 
 
 class _Job:
-    def __init__(self) -> None:
+    def __init__(self, keep: str = "") -> None:
+        self.keep = keep  # the pinned image that its layers are of
         self.layers: list[FetchedLayer] = []
         self.error: LayerstoreError | None = None
         self.cancelled = threading.Event()
@@ -83,19 +86,19 @@ class Fetches:
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
 
-    def start(self, reference: str, platforms: Iterable[str] | None) -> str:
+    def start(self, reference: str, platforms: Iterable[str] | None, *, keep: bool = False) -> str:
         """Begin to fetch an image; the job's name.
 
-        ``platforms`` are those to fetch, none: the host's; None: all.  Raises InvalidReference,
-        UsageError, ServiceError.
+        ``platforms`` are those to fetch, none: the host's; None: all.  ``keep`` pins the image
+        at once, whatever comes of the fetch.  Raises InvalidReference, UsageError, ServiceError,
+        StorageError.
         """
         parsed = Reference.parse(reference)
-        wanted = (
-            None
-            if platforms is None
-            else tuple(map(Platform.parse, platforms)) or (Platform.host(),)
-        )
-        job = _Job()
+        named = None if platforms is None else tuple(platforms)
+        wanted = None if named is None else tuple(map(Platform.parse, named)) or (Platform.host(),)
+        job = _Job(str(parsed) if keep else "")
+        if keep:
+            self._state.kept.keep(job.keep, msgspec.json.encode(named).decode())
         with self._lock:
             while len(self._jobs) >= limits.FETCH_JOBS:
                 oldest = next(
@@ -110,6 +113,13 @@ class Fetches:
             target=self._run, args=(job, parsed, wanted), name=f"fetch-job-{name}", daemon=True
         ).start()
         return name
+
+    def resume_kept(self) -> None:
+        """After a start: go on to fetch pinned images that are not complete yet."""
+        for image in self._state.kept.images():
+            if not image.complete:
+                platforms = msgspec.json.decode(image.platforms, type=tuple[str, ...] | None)
+                self.start(image.reference, platforms, keep=True)
 
     def status(self, name: str) -> dict[str, object]:
         """How far a job is; UnknownObject if there is none of this name."""
@@ -158,6 +168,8 @@ class Fetches:
             with ThreadPoolExecutor(limits.INGEST_WORKERS, "fetch-layer") as pool:
                 for how, layer, descriptor, diff_id in work:
                     pool.submit(self._fetch, job, how, layer, reference, descriptor, diff_id)
+            if job.keep and all(layer.state == "complete" for layer in job.layers):
+                self._state.kept.set_complete(job.keep)
         except LayerstoreError as error:
             job.error = error
         except Exception as error:
@@ -204,6 +216,9 @@ class Fetches:
     ) -> None:
         """All of a layer that has an index, by the ranges that are missing."""
         self._sources.add(record.slot, reference)
+        self._layers.touch(record.slot)
+        if job.keep:
+            self._state.kept.keep_layer(job.keep, record.slot)
         if not self._state.is_complete(record.slot):
             content = self._layers.open(record.slot).content
             layer.fetched = lambda: content.stored_bytes
@@ -249,6 +264,8 @@ class Fetches:
             raise
         if ingest.error is not None:
             raise ingest.error
+        if job.keep and ingest.record is not None:
+            self._state.kept.keep_layer(job.keep, ingest.record.slot)
 
     @staticmethod
     def _wait(job: _Job, event: threading.Event) -> None:

@@ -106,6 +106,7 @@ class Service:
             **check_methods(store.checks),
             **disk_methods(store.disk_use),
         }
+        store.fetches.resume_kept()
         control = ControlServer(root, {"status": status, **methods})
         stack.callback(control.close)
         gc.collect()

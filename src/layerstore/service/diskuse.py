@@ -85,11 +85,27 @@ class GcReport(msgspec.Struct, frozen=True):
     removed: tuple[Removal, ...]
 
 
+class PinnedImage(msgspec.Struct, frozen=True):
+    """An image that is never evicted; ``layers`` is how many of its layers are known."""
+
+    reference: str
+    layers: int
+    complete: bool
+
+
+class PinnedImages(msgspec.Struct, frozen=True):
+    """All of them."""
+
+    images: tuple[PinnedImage, ...]
+
+
 class DiskControl(Protocol):
     """Whoever looks after the disk.  Methods raise ServiceError, StorageError."""
 
     def df(self) -> DiskReport: ...
     def gc(self, *, dry_run: bool, everything: bool) -> GcReport: ...
+    def pinned(self) -> PinnedImages: ...
+    def unpin(self, reference: str) -> None: ...
 
 
 def disk_methods(use: DiskUse) -> dict[str, Method]:
@@ -103,7 +119,13 @@ def disk_methods(use: DiskUse) -> dict[str, Method]:
             dry_run=bool(asked.get("dry_run")), everything=bool(asked.get("everything"))
         )
 
-    return {"df": df, "gc": gc}
+    def pinned(_: Mapping[str, Any]) -> Mapping[str, object]:
+        return use.pinned()
+
+    def unpin(asked: Mapping[str, Any]) -> Mapping[str, object]:
+        return use.unpin(str(asked.get("reference")))
+
+    return {"df": df, "gc": gc, "pinned": pinned, "unpin": unpin}
 
 
 class _Remote:
@@ -119,6 +141,12 @@ class _Remote:
     def gc(self, *, dry_run: bool, everything: bool) -> GcReport:
         return msgspec.convert(self._ask("gc", dry_run=dry_run, everything=everything), GcReport)
 
+    def pinned(self) -> PinnedImages:
+        return msgspec.convert(self._ask("pinned"), PinnedImages)
+
+    def unpin(self, reference: str) -> None:
+        self._ask("unpin", reference=reference)
+
 
 class _Local:
     def __init__(self, use: DiskUse) -> None:
@@ -130,6 +158,12 @@ class _Local:
     def gc(self, *, dry_run: bool, everything: bool) -> GcReport:
         report = self._use.collect(dry_run=dry_run, everything=everything)
         return msgspec.convert(report, GcReport)
+
+    def pinned(self) -> PinnedImages:
+        return msgspec.convert(self._use.pinned(), PinnedImages)
+
+    def unpin(self, reference: str) -> None:
+        self._use.unpin(reference)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,9 @@ class FetchStatus(msgspec.Struct, frozen=True):
 class Fetcher(Protocol):
     """Whoever fetches.  Methods raise ServiceError, and what the reference or platforms deserve."""
 
-    def start(self, reference: str, platforms: tuple[str, ...] | None) -> str: ...
+    def start(
+        self, reference: str, platforms: tuple[str, ...] | None, *, keep: bool = False
+    ) -> str: ...
     def status(self, job: str) -> FetchStatus: ...
     def cancel(self, job: str) -> None: ...
 
@@ -58,7 +60,7 @@ def fetch_methods(fetches: Fetches) -> dict[str, Method]:
         reference, platforms = asked.get("reference"), asked.get("platforms")
         if not isinstance(reference, str) or not isinstance(platforms, list | None):
             raise ServiceError("a fetch has a reference, and a list of platforms or none")
-        return {"job": fetches.start(reference, platforms)}
+        return {"job": fetches.start(reference, platforms, keep=bool(asked.get("keep")))}
 
     def status(asked: Mapping[str, Any]) -> Mapping[str, object]:
         try:
@@ -80,20 +82,25 @@ class _Remote:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._asked: dict[str, tuple[str, tuple[str, ...] | None]] = {}
+        self._asked: dict[str, tuple[str, tuple[str, ...] | None, bool]] = {}
         self._now: dict[str, str] = {}  # job as we gave it -> as the present server knows it
 
-    def start(self, reference: str, platforms: tuple[str, ...] | None) -> str:
-        asked = request(self._root, "fetch-start", reference=reference, platforms=platforms)
+    def start(
+        self, reference: str, platforms: tuple[str, ...] | None, *, keep: bool = False
+    ) -> str:
+        asked = request(
+            self._root, "fetch-start", reference=reference, platforms=platforms, keep=keep
+        )
         job = str(asked["job"])
-        self._asked[job] = reference, platforms
+        self._asked[job] = reference, platforms, keep
         return job
 
     def status(self, job: str) -> FetchStatus:
         known = self._now.get(job, job)
         answer = request(self._root, "fetch-status", job=known)
         if _FORGOTTEN in answer:
-            self._now[job] = known = self.start(*self._asked[job])
+            reference, platforms, keep = self._asked[job]
+            self._now[job] = known = self.start(reference, platforms, keep=keep)
             answer = request(self._root, "fetch-status", job=known)
         return msgspec.convert(answer, FetchStatus)
 

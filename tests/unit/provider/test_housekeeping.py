@@ -16,6 +16,7 @@ import pytest
 
 from layerstore import limits
 from layerstore.content import DiskRoom
+from layerstore.errors import UnknownObject
 from layerstore.provider import Needs, Ordinary, Policy, View
 from layerstore.provider.eviction import Standing
 
@@ -319,3 +320,32 @@ def test_pinned_layers_stay_and_reads_do_not_pass_the_limit(asker, registry, pub
     assert disk_bytes(asker.root) <= LIMIT
     assert Standing.PINNED.word in standings(asker).values()
     assert asker.store.housekeeper.evicted_bytes == 0
+
+
+def test_a_pinned_image_is_completed_and_stays(asker, registry, publisher, client):
+    publisher.push("app", "1", [files(1), files(2, count=1)])
+    job = asker.store.fetches.start(ref(registry, "app"), (), keep=True)
+    until(lambda: asker.store.fetches.status(job)["done"])
+    assert asker.store.disk_use.pinned()["images"] == [
+        {"reference": ref(registry, "app"), "layers": 2, "complete": True}
+    ]
+    assert asker.store.disk_use.collect(dry_run=False, everything=True)["removed"] == []
+    asker.restart()
+    assert asker.store.disk_use.collect(dry_run=True, everything=True)["removed"] == []
+    assert set(standings(asker).values()) == {"pinned"}
+    asker.store.disk_use.unpin(ref(registry, "app"))
+    with pytest.raises(UnknownObject):
+        asker.store.disk_use.unpin(ref(registry, "app"))
+    assert len(asker.store.disk_use.collect(dry_run=True, everything=True)["removed"]) == 2
+
+
+def test_a_pin_that_was_broken_off_goes_on_after_a_restart(asker, registry, publisher, client):
+    image = publisher.push("app", "1", [files(1)])
+    registry.fault("latency", match=image.layers[0].digest, seconds=0.5, times=1)
+    job = asker.store.fetches.start(ref(registry, "app"), (), keep=True)
+    asker.store.fetches.cancel(job)
+    until(lambda: asker.store.fetches.status(job)["done"])
+    assert [one["complete"] for one in asker.store.disk_use.pinned()["images"]] == [False]
+    asker.restart()
+    asker.store.fetches.resume_kept()
+    until(lambda: asker.store.disk_use.pinned()["images"][0]["complete"])
