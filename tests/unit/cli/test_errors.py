@@ -205,6 +205,7 @@ def test_help_fits_a_terminal_and_names_every_command(run: Run, arguments: tuple
         assert all(f"│ {name} " in out for name in COMMANDS)
     else:
         assert "--debug" in out
+        assert ("--json" in out) is (arguments[0] not in ("serve", "check"))  # a group of verbs
 
 
 def test_help_goes_into_a_closed_pipe_without_a_traceback() -> None:
