@@ -309,10 +309,10 @@ def test_a_corrupted_blob_in_the_background_is_no_storm(
     [
         ("status", {"status": 404}, "not-found"),
         ("status", {"status": 401}, "authentication"),
-        ("status", {"status": 429}, "rate-limited"),
-        ("status", {"status": 500}, "registry"),
-        ("reset", {}, "network"),
-        ("short", {"after": 100_000}, "network"),
+        ("status", {"status": 429}, "outage"),
+        ("status", {"status": 500}, "outage"),
+        ("reset", {}, "outage"),
+        ("short", {"after": 100_000}, "outage"),
         ("range", {"value": ""}, "registry|no-ranges|network"),
     ],
 )
