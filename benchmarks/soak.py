@@ -3,7 +3,8 @@
     python -m benchmarks.soak --minutes 30
 
 The loads of `lab.loads` run all the time: reads, mappings, walks, container starts, pulls of new
-references, removals.  In the first third of the time the server is killed now and then and a reload
+references, removals.  The disk limit is below what they need, so that layers are evicted and fetched
+again all the time.  In the first third of the time the server is killed now and then and a reload
 comes in between; after that it is left alone, so that one life is long enough to be judged.  Every
 few seconds the memory, descriptors and threads of keeper and server are noted.
 
@@ -37,6 +38,7 @@ _MIB: Final = 1 << 20
 _SAMPLES: Final = 180  # in all
 _DISTURBED: Final = 1 / 3  # of the time
 _DISTURBANCES: Final = 8
+_LIMIT: Final = '[disk]\nlimit = "48 MiB"\n'
 _WARM: Final = 0.2  # of the last life is left out: caches fill up to their limits
 _FORGET_SECONDS: Final = 5.0
 
@@ -173,7 +175,8 @@ def _table(found: Sequence[Trend], lives: int, minutes: float) -> Table:
 def _soak(store: LayerstoreService, samples: Sequence[Sample], minutes: float) -> bool:
     found = trends(samples)
     Console(width=100).print(_table(found, len({sample.server.pid for sample in samples}), minutes))
-    print(f"reads that failed: {store.status()['read_errors']}")
+    evicted = store.log().count("event=evicted")
+    print(f"reads that failed: {store.status()['read_errors']}; layers evicted: {evicted}")
     return all(each.steady for each in found)
 
 
@@ -189,7 +192,7 @@ def main() -> int:
         tempfile.TemporaryDirectory(
             prefix="layerstore-soak-", dir="/var/tmp", ignore_cleanup_errors=True
         ) as scratch,
-        Workbench(Path(scratch)) as bench,
+        Workbench(Path(scratch), config=_LIMIT) as bench,
     ):
         samples: list[Sample] = []
         for sample in run(bench, options.minutes * 60, random.Random(options.seed)):
