@@ -50,6 +50,7 @@ Kind = Literal["read", "stream", "mmap", "walk", "containers", "resident", "pull
 
 _COUNTS: Final = struct.Struct("<4Q2d")
 _TEXT_BYTES: Final = 1024
+_TOLD: Final = 100  # errors and wrong answers; the rest is only counted
 _PAGE: Final = mmap.PAGESIZE
 _SHORT_BYTES: Final = 8 << 20  # a page at a time and thrown away before: longer ones take too long
 _PIECES: Final = (4096, 16_384, 65_536, 131_072, 1 << 20)
@@ -132,7 +133,7 @@ class Board:
             yield
         except (OSError, subprocess.SubprocessError) as error:
             self._counts[2] += 1
-            print(f"error: {doing}: {_said(error)}", file=sys.stderr, flush=True)
+            self._tell(f"error: {doing}: {_said(error)}")
         self._counts[0] += 1
         self._longest = max(self._longest, time.monotonic() - begun)
         self._since = 0.0
@@ -151,7 +152,11 @@ class Board:
     def wrong(self, what: str) -> None:
         """Note an answer that is not what a plain pull gives."""
         self._counts[3] += 1
-        print(f"wrong: {what}", file=sys.stderr, flush=True)
+        self._tell(f"wrong: {what}")
+
+    def _tell(self, what: str) -> None:
+        if self._counts[2] + self._counts[3] <= _TOLD:
+            print(what, file=sys.stderr, flush=True)
 
     def _write(self) -> None:
         _COUNTS.pack_into(self._map, 0, *self._counts, self._longest, self._since)
