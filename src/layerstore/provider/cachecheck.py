@@ -177,11 +177,20 @@ class _Check:
         state = self._place.state
         for detail in state.problems():
             self._tell("state", "state.sqlite", detail, _not_now)
+        for key in state.odd_views():
+            self._tell(
+                "state", f"view {key}", "name, key and layer do not belong together",
+                partial(self._drop_view, key),
+            )  # fmt: skip
         for digest in state.wrong_documents():
             self._tell(
                 "state", digest, "the stored document has another digest",
                 partial(self._drop_document, digest),
             )  # fmt: skip
+
+    def _drop_view(self, key: int) -> str:
+        self._place.state.drop_odd_view(key)
+        return "removed, to be looked up again"
 
     def _drop_document(self, digest: Digest) -> str:
         self._place.state.drop_document(digest)

@@ -161,14 +161,18 @@ class State:
             if evicted:
                 self._evicted[slot] = evicted
         self._views: dict[int, View] = {}
+        self._odd_views: list[int] = []
         self._by_reference: dict[int, list[View]] = {}
         self._numbers: dict[int, int] = {}
         for key, reference, name, dialect, slot, number, info, created in self._db.execute(
             "SELECT * FROM views"
         ):
-            self._remember(
-                View(key, reference, Digest(name), Dialect(dialect), slot, number, info, created)
-            )
+            view = View(key, reference, Digest(name), Dialect(dialect), slot, number, info, created)
+            if _makes_sense(view, self._layers.get(slot)):
+                self._remember(view)
+            else:
+                self._odd_views.append(key)
+                self._numbers[slot] = max(self._numbers.get(slot, 0), number)
         self._uses: dict[int, int] = dict(self._db.execute("SELECT key, count FROM uses"))
         self._pins: dict[str, list[Digest]] = {}
         for reference, digest in self._db.execute("SELECT reference, digest FROM pins ORDER BY id"):
@@ -251,6 +255,16 @@ class State:
             except sqlite3.Error:
                 return []  # `problems` tells
         return [Digest(digest) for digest, body in rows if Digest.of(body) != digest]
+
+    def odd_views(self) -> tuple[int, ...]:
+        """Keys of views that contradict themselves: nobody is shown them."""
+        return tuple(self._odd_views)
+
+    def drop_odd_view(self, key: int) -> None:
+        """Forget one of them."""
+        with self._lock:
+            self._write("DELETE FROM views WHERE key = ?", key)
+            self._odd_views.remove(key)
 
     def drop_document(self, digest: Digest) -> None:
         """Forget a document."""
@@ -413,9 +427,10 @@ class State:
                 raise StorageError(f"layer {name} has too many names")
             view = View(key, reference, name, dialect, slot, number, info, time.time())
             self._write(
-                "INSERT INTO views VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO views VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 key, reference, name, dialect.value, slot, number, info, view.created,
             )  # fmt: skip
+            self._odd_views = [odd for odd in self._odd_views if odd != key]
             self._remember(view)
             return view
 
@@ -449,21 +464,10 @@ class State:
         """Grows with each change."""
         return self._db.total_changes
 
-    def back_up(self, target: Path) -> None:
-        """Write a copy of the database.  Raises StorageError."""
-        fresh = target.with_name(target.name + ".new")
-        try:
-            fresh.unlink(missing_ok=True)
-            copy = sqlite3.connect(fresh)
-            try:
-                with self._lock:
-                    self._db.backup(copy)
-                copy.execute("PRAGMA journal_mode = DELETE")
-            finally:
-                copy.close()
-            fresh.replace(target)
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"cannot copy the state: {error}", subject=str(target)) from error
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        """Make another database the same as this one.  Raises sqlite3.Error."""
+        with self._lock:
+            self._db.backup(target)
 
     def reserve_slots(self, highest: int) -> None:
         """Give no slot up to this one to a new layer."""
@@ -480,3 +484,12 @@ class State:
         """Close the database."""
         with self._lock:
             self._db.close()
+
+
+def _makes_sense(view: View, record: LayerRecord | None) -> bool:
+    """Whether a view can be what was written: its key, its name and its layer tell of each other."""
+    return (
+        record is not None
+        and view.key == names.name_hash(view.reference, view.name)
+        and view.name in (record.blob_digest, record.toc_digest)
+    )

@@ -120,7 +120,18 @@ class Backup:
         try:
             changes = self._state.changes
             if changes != self._changes:
-                self._state.back_up(self._path)
+                self._copy()
                 self._changes, self._when = changes, time.monotonic()
-        except StorageError as error:
+        except (sqlite3.Error, OSError) as error:
             _log.warning("event=state-not-copied error=%s", error)
+
+    def _copy(self) -> None:
+        fresh = self._path.with_name(self._path.name + ".new")
+        fresh.unlink(missing_ok=True)
+        target = sqlite3.connect(fresh)
+        try:
+            self._state.copy_to(target)
+            target.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            target.close()
+        fresh.replace(self._path)

@@ -64,6 +64,7 @@ class Cache:
         return {one["kind"] for one in found}
 
     def everything_reads_right(self) -> None:
+        self.whole = self.asker.view(self.whole.reference, self.whole.name)  # perhaps anew
         for view, files in ((self.whole, WHOLE), (self.part, PART), (self.plain, PLAIN)):
             for name, data in files.items():
                 if name != "huge":
@@ -219,6 +220,18 @@ def a_toc(cache: Cache) -> None:
     flip(cache.directory(CHANCE.choice((cache.whole, cache.part))) / "toc.zst")
 
 
+def a_view(cache: Cache) -> None:
+    """A name leads to another layer, or another name to the layer."""
+    cache.asker.close()
+    change = CHANCE.choice((f"slot = {cache.part.slot}", "name = replace(name, '3', '4')"))
+    with sqlite3.connect(cache.asker.root / "state.sqlite") as database:
+        found = "SELECT 1 FROM views WHERE key = ?"
+        assert database.execute(found, (cache.whole.key,)).fetchone()
+        database.execute(f"UPDATE views SET {change}, number = 7 WHERE key = ?", (cache.whole.key,))
+    database.close()
+    cache.asker.open()
+
+
 def a_document(cache: Cache) -> None:
     with sqlite3.connect(cache.asker.root / "state.sqlite") as database:
         rows = database.execute("SELECT digest, body FROM documents").fetchall()
@@ -241,6 +254,7 @@ DAMAGE: dict[Callable[[Cache], None], set[str]] = {
     checkpoints: {"checkpoints"},
     a_toc: {"toc"},
     a_document: {"state"},
+    a_view: {"state"},
 }
 
 
