@@ -17,10 +17,12 @@ from typing import Any, Final
 import pytest
 
 from lab import images
+from lab import rig as lab
 from lab.podman import Flavour
-from lab.rig import MakeRig, Push, Pushed, Rig
+from lab.rig import MakeRig, PlainTree, Push, Pushed, Rig
 
 MIB: Final = 1 << 20
+HELLO: Final = "hello from small amd64: 199 files\n"
 LIMIT: Final = 60 * MIB
 BIG: Final = 8 * MIB
 """Of noise in each image: as much in its blob, and as much again in its files."""
@@ -133,6 +135,34 @@ def test_the_limit_holds_and_running_containers_go_last(
     assert "standing=running" not in log
     assert rig.env.podman("exec", "runs", "sha256sum", "/data/big.bin").stdout == shown
     rig.env.podman("rm", "-f", "-t", "0", "runs")
+
+
+def test_what_is_materialized_needs_no_store(
+    flavour: Flavour, make_rig: MakeRig, small: Pushed, plain_tree: PlainTree, tmp_path: Path
+) -> None:
+    rig = make_rig(flavour)
+    image = rig.image(small.name)
+    rig.env.podman("pull", "-q", image)
+    rig.env.podman("run", "-d", "--name", "runs", image, "sleep", "600")
+    assert len(layerstore(rig, "materialize", image)) == 3
+    assert layerstore(rig, "materialize", "--all") == []
+    assert all(layer["uses"] == 0 for layer in rig.service.status()["layers"])
+    # who runs keeps the lazy layers
+    assert rig.env.podman("exec", "runs", "cat", "/etc/marker").returncode == 0
+    rig.env.podman("rm", "-f", "-t", "0", "runs")
+    assert layerstore(rig, "check", "storage", "--full")["findings"] == []
+    assert rig.service.stop() == 0
+    if flavour == "debian13":  # older ones have no such verb
+        assert "rror" not in rig.env.podman("system", "check").stdout
+    assert rig.env.podman("run", "--rm", image).stdout == HELLO
+    assert lab.differing(plain_tree(small), lab.image_tree(rig.env, image)) == []
+    archive = tmp_path / "saved.tar"
+    rig.env.podman("save", "-q", "--format", "oci-archive", "-o", str(archive), image)
+    assert archive.stat().st_size > MIB
+    rig.env.podman("push", "-q", image, f"oci:{tmp_path / 'pushed'}")
+    assert lab.extracted_layers(rig.env)
+    rig.env.podman("rmi", image)
+    assert lab.graph_layers(rig.env) == []
 
 
 def test_what_no_graph_root_refers_to_is_collected(

@@ -44,6 +44,7 @@ VERBS: Final = {
         "gc": "diskuse:gc",
         "pin": "diskuse:pin",
         "unpin": "diskuse:unpin",
+        "materialize": "materialize:materialize",
     },
     "Moving images": {
         "pull": "pull:pull",

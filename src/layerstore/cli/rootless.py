@@ -19,7 +19,7 @@ from layerstore.errors import UsageError
 
 _STORAGE: Final = frozenset(
     ("pull", "push", "save", "load", "images", "inspect", "history", "tag", "untag", "rmi")
-) | {"diff", "prune", "check"}
+) | {"diff", "prune", "check", "materialize"}
 _MOUNTING: Final = frozenset(("mount", "umount"))
 
 

@@ -8,12 +8,17 @@ the file knows that nobody is writing it, and may ``sweep``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from layerstore.errors import StorageError
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 
 
 @contextlib.contextmanager
@@ -69,6 +74,18 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two directory entries of one mount, whatever they are, change places in one step.
+
+    Raises ``OSError``.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = (os.fsencode(one), os.fsencode(other))
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(other))
 
 
 def sweep(directory: Path, name: str = "") -> None:

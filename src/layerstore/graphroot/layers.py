@@ -222,6 +222,27 @@ class LayerEdit:
         if addition.tar_split is not None:
             _copy(addition.tar_split, target)
 
+    def localize(
+        self,
+        record: LayerRecord,
+        content: Path,
+        attributes: RootAttributes | None,
+        tar_split: Path | None,
+    ) -> None:
+        """Make a lazy layer one of this graph root alone; see ``Overlay.localize``.
+
+        The record, which ``record`` replaces, comes first: it is true of the lazy layer as well.
+        The layer store is told once the lock is released.
+        """
+        additional = self.area.overlay.additional_layer(record.id)
+        if tar_split is not None:
+            _copy(tar_split, self.area._tar_split(record.id))
+        self.put(record)
+        self.save()
+        self.area.overlay.localize(record.id, content, attributes)
+        if additional is not None:
+            self._released.append(additional)
+
     def delete(self, layers: Iterable[str]) -> None:
         """Delete layers, whoever may need them; those that do not exist are no error."""
         self._drop([layer for layer in layers if layer in self._records], release=True)

@@ -238,6 +238,26 @@ class Overlay:
                 ) from error
             raise
 
+    def localize(self, layer: str, content: Path, attributes: RootAttributes | None) -> None:
+        """Let ``content``, a directory of the same mount, take the place of the link to a store.
+
+        It gets ``attributes``, if given.  What is left of a crash before the last step is a layer
+        whose content is here and whose ``additionallayer`` is still there; again mends that.
+        Raises ``StorageError``.
+        """
+        own = self._own(layer)
+        try:
+            if os.path.islink(own / "diff"):
+                if attributes is not None:
+                    _set(content, attributes)
+                self.sync()  # what takes the place of something good must be there
+                atomic.exchange(content, own / "diff")
+            (own / "additionallayer").unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"the layer cannot be made a local one: {error.strerror}", subject=str(own)
+            ) from error
+
     def detach(self, layer: str, bin_: TempDirectory) -> None:
         """Take the directory of ``layer`` away, and its short links; the rest happens in ``bin_``.
 

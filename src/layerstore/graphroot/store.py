@@ -55,7 +55,7 @@ from layerstore.graphroot.staging import Staging, TempDirectory, remove_stale
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.image import Digest
 
-_COMPRESSION: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
+COMPRESSION_NUMBERS: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
 
 _Found = TypeVar("_Found", Layer, Container)
 
@@ -210,7 +210,7 @@ class Store:
             diff_digest=staged.diff_id,
             diff_size=staged.diff_size,
             toc_digest=toc_digest,
-            compression=_COMPRESSION[staged.compression],
+            compression=COMPRESSION_NUMBERS[staged.compression],
             uids=staged.uids,
             gids=staged.gids,
         )

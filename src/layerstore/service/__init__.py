@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from layerstore.service.diskuse import DiskReport, GcReport, disk_control
     from layerstore.service.fetching import FetchedLayer, Fetcher, FetchStatus, fetcher
     from layerstore.service.indexing import IndexKeeper, index_keeper
+    from layerstore.service.localizing import LazyImage, lazy_images
     from layerstore.service.opening import passing_store
     from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
     from layerstore.service.reloading import reload
@@ -31,11 +32,13 @@ __all__ = [
     "FetchedLayer",
     "Fetcher",
     "IndexKeeper",
+    "LazyImage",
     "checker",
     "GcReport",
     "disk_control",
     "fetcher",
     "index_keeper",
+    "lazy_images",
     "load",
     "passing_store",
     "reload",
@@ -58,6 +61,8 @@ _HOMES: Final = {
     "disk_control": "diskuse",
     "fetcher": "fetching",
     "index_keeper": "indexing",
+    "LazyImage": "localizing",
+    "lazy_images": "localizing",
     "load": "config",
     "passing_store": "opening",
     "reload": "reloading",

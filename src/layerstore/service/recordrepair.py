@@ -84,7 +84,7 @@ class RecordRepair:
         # Most services never come here: their memory is not to pay for it.
         from layerstore.graphroot import repair  # noqa: PLC0415
 
-        store = _store(root)
+        store = graph_root_store(root)
         if store is None or not repair.needs_rebuilding(store.images(), store.layer_areas):
             return 0
         done = subprocess.run(
@@ -116,7 +116,7 @@ class RecordRepair:
         _log.warning("event=record-repair-failed subject=%s error=%s", subject, error)
 
 
-def _store(root: Path) -> Store | None:
+def graph_root_store(root: Path) -> Store | None:
     """The graph root as it is; nothing is made where none is."""
     from layerstore.graphroot.storageconf import StorageConfig  # noqa: PLC0415
     from layerstore.graphroot.store import Store  # noqa: PLC0415
@@ -138,7 +138,7 @@ def main() -> None:
     from layerstore.graphroot import repair  # noqa: PLC0415
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
-    store = _store(Path(sys.argv[1]))
+    store = graph_root_store(Path(sys.argv[1]))
     if store is None:
         return
     for image in repair.needs_rebuilding(store.images(), store.layer_areas):
