@@ -173,6 +173,7 @@ CONTROL_DISK_SECONDS: Final = 600.0  # looking at all that is stored, and removi
 KEEPER_MESSAGE_BYTES: Final = 128 * KIB
 KEEPER_MOUNTS: Final = 80  # held by one keeper: the mount, and detached ones with users
 KEEPER_CLIENTS: Final = 16  # connections to its socket
+KEEPER_TRIAL_SECONDS: Final = 20.0  # one trial run of its new code, while it does nothing else
 SERVER_PREPARE_SECONDS: Final = 60.0  # a new server has imported and checked everything by then
 SERVER_STOP_SECONDS: Final = 10.0  # an old one has let go of its state by then, or is killed
 SERVER_LOCK_SECONDS: Final = 5.0  # a new one waits so long for the state

@@ -180,6 +180,7 @@ class Keeper:
 
     def _prepared(self, child: Child) -> None:
         """A new server can serve: it does if there is none, and the old one makes way if asked."""
+        logging.getLogger("layerstore").setLevel(str(child.prepared["log_level"]))
         if self.first and not self.place.claimed:
             self._settle(child)
         if self.server is None and self.heir is None and not self.abrupt:
@@ -297,7 +298,6 @@ class Keeper:
     def _settle(self, child: Child) -> None:
         """At the very start, once the first server knows the root directory: mount."""
         root = Path(child.prepared["root"])
-        logging.getLogger("layerstore").setLevel(str(child.prepared["log_level"]))
         self.options = dataclasses.replace(self.options, root=root)
         taken = self.place.claim(root)
         if taken is not None:

@@ -85,7 +85,7 @@ def _tried() -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=limits.SERVER_PREPARE_SECONDS,
+            timeout=limits.KEEPER_TRIAL_SECONDS,
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
