@@ -169,8 +169,8 @@ def test_a_changed_file_is_named(content: bytes | None, said: str) -> None:
         b'{"type":"x"}\n',
         b'{"type":2,"payload":"!!"}\n',
         b'{"type":1,"name_raw":"!!","size":1}\n',
-        gzip.compress(b'{"type":2,"payload":"aGVhZA=="}\n' * 100)[:-9],
-        gzip.compress(b'{"type":2}\n')[:12] + b"\xff" * 20,
+        gzip.compress(b'{"type":2,"payload":"aGVhZA=="}\n' * 100, mtime=0)[:-9],
+        gzip.compress(b'{"type":2}\n', mtime=0)[:12] + b"\xff" * 20,
     ],
 )
 def test_a_damaged_tar_split_is_told(raw: bytes) -> None:
