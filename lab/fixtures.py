@@ -5,6 +5,7 @@ A plug-in of pytest, loaded by tests/conftest.py: tests/compat and tests/faults 
 
 import contextlib
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
 from lab.rig import MakeRig, Push, Pushed, Rig, image_tree
 from lab.trees import Tree
+from lab.zygote import Zygote
 
 MakePodmanEnv = Callable[..., PodmanEnv]
 
@@ -49,6 +51,13 @@ def recorded(registry: DebianRegistry) -> Iterator[RecordingProxy]:
     """The same registry behind a proxy that records requests, ranges and bytes of this test."""
     with RecordingProxy(registry.host) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def zygote(workspace: Path) -> Iterator[Zygote]:
+    """Our program, ready to run in any environment."""
+    with Zygote({"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}, workspace / "zygote") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from lab.podman import CommandError
+
 _ANSWER_SECONDS: Final = 120.0
 
 
@@ -61,6 +63,19 @@ class Zygote:
         self._process.stdin.flush()
         ended, status = self._answer().split()
         return int(status), float(ended) - start
+
+    def command(
+        self, *arguments: str, environment: Mapping[str, str], check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """As ``lab.podman.run`` runs a program; raises CommandError."""
+        status, _ = self.run(*arguments, environment=environment)
+        errors = self._errors.read_text(errors="replace")
+        done = subprocess.CompletedProcess(
+            ["layerstore", *arguments], status, self.output(), errors
+        )
+        if check and status:
+            raise CommandError(done)
+        return done
 
     def said(self) -> str:
         """What the last command printed."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import images
-from lab.podman import CommandError, PodmanEnv, run
+from lab.podman import CommandError, PodmanEnv
 from lab.rig import Pushed, Rig
+from lab.zygote import Zygote
 
 NAME = "localhost/small:1"
 
@@ -21,13 +21,12 @@ NAME = "localhost/small:1"
 class Ours:
     """The command line of layerstore in a Podman environment."""
 
-    def __init__(self, env: PodmanEnv) -> None:
+    def __init__(self, env: PodmanEnv, zygote: Zygote) -> None:
         self._env = env
+        self.zygote = zygote
 
     def __call__(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return run(
-            [sys.executable, "-m", "layerstore.cli", *arguments], self._env.environment(), check
-        )
+        return self.zygote.command(*arguments, environment=self._env.environment(), check=check)
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self(*arguments, "--json").stdout)
@@ -40,8 +39,8 @@ def env(podman_env: PodmanEnv) -> PodmanEnv:
 
 
 @pytest.fixture
-def ours(env: PodmanEnv) -> Ours:
-    return Ours(env)
+def ours(env: PodmanEnv, zygote: Zygote) -> Ours:
+    return Ours(env, zygote)
 
 
 def same_text(env: PodmanEnv, ours: Ours, *arguments: str) -> str:
@@ -157,7 +156,7 @@ def test_images_of_an_additional_store_are_marked(
 ) -> None:
     with PodmanEnv(podman_env.directory / "own", podman_env.flavour) as own:
         own.configure_storage(additional_image_stores=[env.graph_root])
-        mine = Ours(own)
+        mine = Ours(own, ours.zygote)
         assert same_text(own, mine, "images").splitlines()[1].endswith("true")
         refused = mine("rmi", NAME, check=False)
         assert refused.returncode == 2
@@ -303,8 +302,10 @@ def test_mounts_of_containers_can_be_written_to(env: PodmanEnv, ours: Ours) -> N
 # -- layers of an additional layer store ---------------------------------------------------
 
 
-def test_lazy_images_are_told_mounted_compared_and_given_back(rig: Rig, small: Pushed) -> None:
-    image, ours = rig.image(small.name), Ours(rig.env)
+def test_lazy_images_are_told_mounted_compared_and_given_back(
+    rig: Rig, small: Pushed, zygote: Zygote
+) -> None:
+    image, ours = rig.image(small.name), Ours(rig.env, zygote)
     rig.env.podman("pull", image)
     same_text(rig.env, ours, "images", "--digests")
     (document,) = ours.json("inspect", image)
@@ -344,9 +345,9 @@ def test_lazy_images_are_told_mounted_compared_and_given_back(rig: Rig, small: P
 )
 @pytest.mark.parametrize("flavour", ["debian12"], indirect=True)
 def test_what_is_not_there_is_one_line_and_status_1(
-    podman_env: PodmanEnv, arguments: tuple[str, ...]
+    podman_env: PodmanEnv, arguments: tuple[str, ...], zygote: Zygote
 ) -> None:
-    failed = Ours(podman_env)(*arguments, check=False)
+    failed = Ours(podman_env, zygote)(*arguments, check=False)
     assert failed.returncode == 1
     assert failed.stderr.startswith("layerstore: ")
     assert "nope" in failed.stderr

@@ -163,14 +163,6 @@ def elsewhere(
         env.cleanup()
 
 
-@pytest.fixture(scope="module")
-def zygote(workspace: Path, elsewhere: Callable[[Flavour], PodmanEnv]) -> Iterator[Zygote]:
-    """Our program, ready to run."""
-    environment = elsewhere("debian12").environment()
-    with Zygote(environment, workspace / "matrix-zygote") as running:
-        yield running
-
-
 # -- one life ----------------------------------------------------------------------------
 
 
