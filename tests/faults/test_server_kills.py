@@ -95,14 +95,16 @@ def limited(bench: Workbench, wanted: bool) -> Iterator[None]:
     if wanted:
         store.configure(LIMIT)
         service.reload(store.root)
-    yield
-    if wanted:
-        store.configure("")
-        service.reload(store.root)
+    try:
+        yield
+    finally:
+        if wanted:
+            store.configure("")
+            service.reload(store.root)
 
 
 def test_nobody_notices_ten_upgrades(bench: Workbench, seed: int) -> None:
-    """A file that is open all the time and a container that runs all the time, among others."""
+    """A file that is open all the time, and a container that runs all the time."""
     store = bench.rig.service
     keeper, pids = store.keeper_pid, {store.pid}
     with bench.crew(f"{seed} upgrades", ("stream", "resident")) as crew:
