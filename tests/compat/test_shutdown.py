@@ -42,7 +42,7 @@ def test_a_signal_leaves_a_plain_empty_directory(
     assert {rig.service.keeper_pid, rig.service.pid} <= {*processes(rig.service.directory)}
     began = time.monotonic()
     assert rig.service.stop(number) == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert str(rig.store) not in mounts()
     assert list(rig.store.iterdir()) == []
     assert processes(rig.service.directory) == []
@@ -94,7 +94,7 @@ def test_a_second_signal_ends_it_under_a_running_container(rig: Rig, small: Push
     container = rig.env.podman("run", "-d", image, "sleep", "600").stdout.strip()
     began = time.monotonic()
     assert rig.service.stop() == 0  # sends the second one
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert "event=draining" in rig.service.log()
     assert str(rig.store) not in mounts()
     # what it has not read yet is gone for it; Podman still gets rid of it
