@@ -21,7 +21,7 @@ from lab.store import LayerstoreService
 from layerstore.image import annotations
 
 MIB = 1 << 20
-SIZE = int(os.environ.get("LAYERSTORE_BAD_REGISTRY_MIB", "96")) * MIB
+SIZE = int(os.environ.get("LAYERSTORE_BAD_REGISTRY_MIB", "64")) * MIB
 IMAGES, LAYERS, READERS = 3, 2, 6
 CONFIG = "background_fetch = false\nprefetch = false\n"
 BLOBS = "/(blobs|storage)/"
