@@ -93,7 +93,7 @@ def _print_layers(report: DiskReport) -> None:
             (
                 short_id(layer.digest),
                 layer.standing,
-                human_age(_iso(layer.last_used)),
+                human_age(_iso(layer.last_used)) if layer.last_used else "-",
                 human_size(layer.blob, space=False),
                 human_size(layer.files, space=False),
                 "complete" if layer.complete else "lazy",

@@ -67,8 +67,12 @@ class Housekeeper:
         self._working = threading.Lock()
         self._wanted = threading.Event()
         self._ended = threading.Event()
-        self._rest_until = 0.0
+        self._rest_until: dict[Standing, float] = {}  # after nothing was found, by extent
         self._measured = float("-inf")
+        if room.used is not None:  # well enough known: a start has other things to do first
+            self._measured = (
+                time.monotonic() + limits.DISK_LOOK_SECONDS - limits.DISK_MEASURE_SECONDS
+            )
         self._noted: dict[int, float] = {}
         self.evicted_bytes = 0
         """Bytes that were removed to make room since the start."""
@@ -112,8 +116,9 @@ class Housekeeper:
             self._room.measured_by(lambda: measure(self._root).total)
             self._measured = time.monotonic()
         asked, self._room.asked = self._room.asked, 0
-        if self._wish(asked)[0] > 0:
-            if time.monotonic() < self._rest_until:
+        wanted, extent = self._wish(asked)
+        if wanted > 0:
+            if time.monotonic() < self._rest_until.get(extent, 0.0):
                 self._room.hopeless()
             else:
                 self._make_room(asked)
@@ -145,7 +150,9 @@ class Housekeeper:
         if freed < wanted:
             self._room.hopeless()
         if not freed:
-            self._rest_until = time.monotonic() + limits.DISK_LOOK_SECONDS
+            urgent = extent is Standing.RUNNING
+            pause = limits.DISK_LOOK_SECONDS if urgent else limits.DISK_MEASURE_SECONDS
+            self._rest_until[extent] = time.monotonic() + pause
 
     def _may_complete(self, slot: int) -> bool:
         record = self._state.layer(slot)
@@ -158,7 +165,7 @@ class Housekeeper:
         try:
             if not evicted:
                 return self._room.allows(min(rest, limits.BACKGROUND_RANGE_BYTES))
-            if self._state.used(slot) <= evicted:
+            if max(self._state.used(slot), self._noted.get(slot, 0.0)) <= evicted:
                 return False  # nobody missed it since
             much = stored >= limits.RETURN_SHARE * record.size
             return self._room.allows(rest, mark=None if much else self._room.allowed.low_bytes)

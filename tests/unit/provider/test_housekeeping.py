@@ -16,7 +16,8 @@ import pytest
 
 from layerstore import limits
 from layerstore.content import DiskRoom
-from layerstore.errors import UnknownObject
+from layerstore.content.room import FileSystem
+from layerstore.errors import NoRoom, UnknownObject
 from layerstore.provider import Needs, Ordinary, Policy, View
 from layerstore.provider.eviction import Standing
 
@@ -349,3 +350,47 @@ def test_a_pin_that_was_broken_off_goes_on_after_a_restart(asker, registry, publ
     asker.restart()
     asker.store.fetches.resume_kept()
     until(lambda: asker.store.disk_use.pinned()["images"][0]["complete"])
+
+
+def small_disk(asker, free: int, monkeypatch) -> None:
+    """Let the store see a file system of 1 GiB with so much free, besides what it frees itself."""
+    keeper = asker.store.housekeeper
+    monkeypatch.setattr(
+        keeper._room,
+        "file_system",
+        lambda: FileSystem(1024 * MIB, free + keeper.evicted_bytes),
+    )
+
+
+def test_a_full_disk_is_answered_by_eviction_at_once(
+    asker, registry, publisher, client, monkeypatch
+):
+    views = [pull(asker, registry, publisher, client, seed) for seed in (1, 2)]
+    for seed, view in enumerate(views, 1):
+        read_all(asker, view, seed)
+    client.mounted.add(views[1].key)
+    small_disk(asker, 60 * MIB, monkeypatch)
+    asker.store._objects.disk.room_wanted()  # as the first write does that fails
+    until(lambda: asker.store.housekeeper.evicted_bytes > 4 * MIB)
+    assert layer_of(asker, views[0])["blob"] < MIB
+    assert layer_of(asker, views[1])["blob"] > 4 * MIB, "as much went as was wanted, no more"
+
+
+def test_the_reserve_costs_only_what_nobody_refers_to(
+    asker, registry, publisher, client, monkeypatch
+):
+    policy = Policy(disk=DiskRoom(keep_free=0.5))
+    asker.options |= {"policy": policy}
+    asker.restart()
+    views = [pull(asker, registry, publisher, client, seed) for seed in (1, 2)]
+    for seed, view in enumerate(views, 1):
+        read_all(asker, view, seed)
+    client.referenced.discard(views[0].key)
+    small_disk(asker, 100 * MIB, monkeypatch)
+    asker.store.housekeeper._rest_until.clear()  # it has looked at this machine's disk already
+    asker.store.housekeeper._look()
+    assert layer_of(asker, views[0])["blob"] < MIB
+    assert layer_of(asker, views[1])["blob"] > 4 * MIB
+    with pytest.raises(NoRoom):
+        asker.store._room.charge(1, ahead=True)
+    asker.store._room.charge(1)  # a read may
