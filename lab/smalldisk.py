@@ -1,4 +1,8 @@
-"""A small file system of its own, to be filled: ext4 on a loop device, or tmpfs."""
+"""A small file system of its own, to be filled: ext4 on a loop device, or tmpfs.
+
+A *thin* one promises more than it has, as thin pools and overbooked virtual machines do: writes
+succeed, and get lost when the kernel wants to bring them to the device.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
-Kind = Literal["ext4", "tmpfs"]
+Kind = Literal["ext4", "tmpfs", "thin"]
 
 _PIECE: Final = 1 << 16
 
@@ -24,15 +28,19 @@ class SmallDisk:
         self.directory: Final = directory
         self._kind: Final = kind
         self._size: Final = size
-        self._image: Final = directory.with_name(directory.name + ".img")
-        self._filler: Final = directory / "filler"
+        self._pool: Final = directory.with_name(directory.name + ".pool")
+        self._image: Final = self._pool / "image"
+        self._filler: Final = (self._pool if kind == "thin" else directory) / "filler"
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True)
+        tmpfs = ("mount", "-t", "tmpfs", "-o", f"size={self._size},mode=0700", "tmpfs")
         if self._kind == "tmpfs":
-            options = f"size={self._size},mode=0700"
-            _run("mount", "-t", "tmpfs", "-o", options, "tmpfs", self.directory)
+            _run(*tmpfs, self.directory)
             return self
+        self._pool.mkdir()
+        if self._kind == "thin":
+            _run(*tmpfs, self._pool)
         with self._image.open("wb") as image:
             image.truncate(self._size)
         _run("mkfs.ext4", "-q", "-m", "0", self._image)
@@ -45,13 +53,20 @@ class SmallDisk:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        subprocess.run(["umount", "--lazy", str(self.directory)], check=False, capture_output=True)
+        for place in (self.directory, self._pool):
+            subprocess.run(["umount", "--lazy", str(place)], check=False, capture_output=True)
         self._image.unlink(missing_ok=True)
+
+    def repair(self) -> None:
+        """Unmount it, have its file system checked, and mount it again."""
+        _run("umount", self.directory)
+        subprocess.run(["e2fsck", "-y", str(self._image)], check=False, capture_output=True)
+        _run("mount", "-o", "loop", self._image, self.directory)
 
     @property
     def room(self) -> int:
         """Bytes that are free."""
-        found = os.statvfs(self.directory)
+        found = os.statvfs(self._filler.parent)
         return found.f_bavail * found.f_frsize
 
     def fill(self, leave: int = 0) -> None:

@@ -1,4 +1,7 @@
-"""The disk of a running store becomes full: nobody who reads notices, and nothing is lost."""
+"""The disk of a running store becomes full: nobody who reads notices, and nothing is lost.
+
+The store has no limit and no reserve here, so that it meets the end of the disk itself.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def store_on(
     place = Path(tempfile.mkdtemp(prefix="full-", dir=workspace))
     with (
         SmallDisk(place / "layerstore" / "state", kind, SIZE) as disk,
-        Rig(place, flavour, registry.host) as rig,
+        Rig(place, flavour, registry.host, config="[disk]\nkeep_free_percent = 0\n") as rig,
     ):
         yield disk, rig
 
@@ -114,7 +117,9 @@ def test_lazy_layers_outlast_a_full_disk(
 
         disk.free()
         wait_for(rig, lambda now: not now["disk"]["full"])
-        wait_for(rig, lambda now: all(layer["verified"] for layer in now["layers"]))
+        is_right(rig, image, right)
+        rig.env.layerstore("fetch", image, "--root", rig.service.root)
+        assert all(layer["verified"] for layer in rig.service.status()["layers"])
         asked = len(rig.provider.requests())
         is_right(rig, image, right)
         assert len(rig.provider.requests()) == asked
@@ -130,6 +135,41 @@ def test_lazy_layers_outlast_a_full_disk(
         assert log.count("event=disk-full") == 2  # of either service once
         assert log.count("event=disk-back") == 1
         assert not re.search("event=(read-failed|bytes-refused)|Traceback", log)
+
+
+@pytest.mark.timeout(300)
+def test_lazy_layers_outlast_a_disk_that_loses_what_it_took(
+    workspace: Path,
+    registry: DebianRegistry,
+    trixie: object,
+    small: Pushed,
+    plain_tree: PlainTree,
+) -> None:
+    """Its writes succeed, its syncs fail, and it becomes read only."""
+    right = plain_tree(small)
+    with store_on("thin", "debian13", workspace, registry) as (disk, rig):
+        image = rig.image(small.name)
+        disk.fill(leave=3 * MIB)
+        rig.env.podman("pull", "-q", image)
+        wait_for(rig, lambda status: status["disk"]["full"])
+        is_right(rig, image, right)
+        is_right(rig, image, right)
+        status = rig.service.status()
+        assert status["disk"]["failed_writes"]
+        assert status["read_errors"] == 0
+        with pytest.raises(OSError, match="Read-only"):
+            (disk.directory / "new").write_text("the kernel gave it up, too")
+        rig.service.stop()
+        disk.free()
+        disk.repair()
+        rig.service.start()
+        is_right(rig, image, right)
+        wait_for(
+            rig, lambda now: bool(now["layers"]) and all(one["verified"] for one in now["layers"])
+        )
+        is_right(rig, image, right)
+        assert rig.service.status()["read_errors"] == 0
+        assert "Traceback" not in rig.service.log()
 
 
 @pytest.mark.timeout(300)
@@ -155,4 +195,16 @@ def test_an_ordinary_layer_without_room_is_taken_in_later(
         assert len(store_layers(rig.env, rig.store)) == 3
         is_right(rig, image, plain_tree(ordinary))
         is_clean(disk)
+
+        # its files come out of the blob when they are gone, also without room for them
+        rig.service.stop()
+        for path in disk.left("content/objects"):
+            path.unlink()
+        disk.fill()
+        rig.service.start()
+        asked = len(rig.provider.requests())
+        is_right(rig, image, plain_tree(ordinary))
+        assert rig.service.status()["disk"]["full"]
+        assert rig.service.status()["read_errors"] == 0
+        assert len(rig.provider.requests()) == asked
         assert "Traceback" not in rig.service.log()

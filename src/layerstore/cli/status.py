@@ -48,6 +48,10 @@ def _print(report: dict[str, Any]) -> None:
         f"contents: {decimal(report['content']['needed_bytes'])} needed by reads,"
         f" {decimal(fetched)} fetched; reads failed: {report['read_errors']}"
     )
+    if report["disk"]["full"]:
+        console.print(
+            f"disk: takes nothing ({report['disk']['reason']}); contents are served from memory"
+        )
     if not report["layers"]:
         return
     table = Table(box=None, pad_edge=False)

@@ -15,6 +15,7 @@ written.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from layerstore.content.disk import Disk
 from layerstore.content.files import OpenFile, open_to_fill
 from layerstore.content.room import Room
 from layerstore.content.shelf import Shelf
-from layerstore.errors import StorageError
+from layerstore.errors import DiskFull, StorageError
 
 
 class Member(Protocol):
@@ -94,20 +95,34 @@ class BlobFile:
         self._toc_offset = toc_offset
         self.units = table.members + 2
         try:
-            fd = open_to_fill(path)
-            self.file = OpenFile(fd)
-            map_path = path.with_name(path.name + ".map")
-            if os.fstat(fd).st_size != size:
-                map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
-                os.ftruncate(fd, size)
-            self.present = Bitmap(map_path, self.units, self.disk)
+            self._open(path, path.with_name(path.name + ".map"))
         except OSError as error:
-            raise self.disk.failed(error, "cannot open", path) from error
+            self.disk.failed(error, "cannot open", path)
+            self._open_stand_in()
+        flags = fcntl.fcntl(self.file.fd, fcntl.F_GETFL)
+        self.provisional = self._stands_in or flags & os.O_ACCMODE == os.O_RDONLY
+        """Nothing can be stored in it: it is to be opened anew when the disk takes writes again."""
         for unit in (0, self.units - 1):
             offset, end = self.extent(unit)
             if offset == end:
-                self.present.set(unit)
+                with contextlib.suppress(StorageError):  # on a disk that takes nothing
+                    self.present.set(unit)
         self.stored_bytes = self._count_stored()
+
+    def _open(self, path: Path, map_path: Path) -> None:
+        self._stands_in = False
+        self.file = OpenFile(open_to_fill(path))
+        if os.fstat(self.file.fd).st_size != self.size:
+            map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
+            os.ftruncate(self.file.fd, self.size)
+        self.present = Bitmap(map_path, self.units, self.disk)
+
+    def _open_stand_in(self) -> None:
+        """An empty file of no size on any disk, for one that cannot be made."""
+        self.file = OpenFile(os.memfd_create("blob"))
+        bits = OpenFile(os.memfd_create("bits"))
+        self.present = Bitmap(Path(f"/proc/self/fd/{bits.fd}"), self.units, self.disk)
+        self._stands_in = True
 
     def _count_stored(self) -> int:
         if self.present.full:
@@ -141,6 +156,8 @@ class BlobFile:
         allow them.
         """
         self.disk.check()
+        if self.provisional:
+            raise DiskFull("the disk took nothing when the layer was opened")
         view = memoryview(data)
         self._room.charge(len(view), ahead=ahead)
         end = offset + len(view)

@@ -300,14 +300,15 @@ class LayerContent:
         in_memory = self._disk.full
 
         def arrived(error: Exception | None) -> None:
-            if error is None:
-                again = self._disk.full and (
-                    not in_memory or bool(self._missing(self._absent(entry, offset, size)))
-                )
+            left = tries - 1
+            if error is None and self._disk.full:
+                still = self._missing(self._absent(entry, offset, size))
+                again = not in_memory or bool(still)
+                left += len(still) < len(missing)  # members that are too long come one at a time
             else:
                 again = isinstance(error, StorageError)
-            if again and tries:
-                self.fetch(entry, offset, size, done, tries=tries - 1)
+            if again and left >= 0:
+                self.fetch(entry, offset, size, done, tries=left)
             else:
                 done(error)
 
@@ -420,6 +421,11 @@ class LayerContent:
         Members that do not fit came damaged, and may come right another time.
         """
         return self._whole.error
+
+    @property
+    def provisional(self) -> bool:
+        """See BlobFile."""
+        return self._blob.provisional
 
     @property
     def stored_bytes(self) -> int:

@@ -70,6 +70,8 @@ class Ledger:
         self.failed = False
         self.when_failed: Callable[[OSError], None] = lambda _: None
         """Called when a sync failed, with its error."""
+        self.resting: Callable[[], bool] = lambda: False
+        """Whether the disk takes nothing now, so that a sync would be in vain."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._before: Callable[[], None] = lambda: None
@@ -177,6 +179,8 @@ class Ledger:
         while not self._stop.wait(rest):
             rest = limits.SYNC_SECONDS
             began = time.monotonic()
+            if self.resting():
+                continue
             try:
                 if not self._marked:
                     with self._lock:

@@ -162,6 +162,7 @@ class ObjectStore:
             os.makedirs(self._temporary, mode=0o700, exist_ok=True)
             self.ledger = Ledger(root)
             self.ledger.when_failed = self._sync_failed
+            self.ledger.resting = lambda: self.disk.full
             self._drop_stale()
         except OSError as error:
             raise StorageError(f"cannot prepare: {error.strerror}", subject=str(root)) from error

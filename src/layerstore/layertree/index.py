@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
+from layerstore import limits
 from layerstore.errors import StorageError
 from layerstore.formats.members import Packing
 
@@ -184,7 +185,11 @@ class LayerIndex:
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Map an index file and verify it; StorageError if it is missing or not intact."""
         try:
-            with Path(path).open("rb") as stream:
+            with Path(path).open("rb", buffering=0) as stream:
+                # what the disk does not give fails here; in the map it would end the process
+                buffer = bytearray(limits.MIB)
+                while stream.readinto(buffer):
+                    pass
                 data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise StorageError(f"cannot map the layer index: {error}", subject=str(path)) from error

@@ -356,13 +356,9 @@ class Layers:
         except NoRoom:
             self._defer(slot)
             return
-        except DiskFull:
-            with self._lock:
-                self._paused.add(slot)
-            if not self._objects.disk.full:
-                self._go_on()  # it was back before this layer was among those that wait
-            return
         except Exception as error:  # whatever it was, the layer is not given up
+            if isinstance(error, DiskFull) and self._pause(slot):
+                return
             if self._doubt(slot):
                 return
             if is_passing(error) and self._wait_for_answers(slot, retry):
@@ -381,8 +377,22 @@ class Layers:
             self._completing.discard(slot)
         self.mark_complete(slot)
 
+    def _pause(self, slot: int) -> bool:
+        """Wait for room on the disk; False if it is not that."""
+        with self._lock:
+            self._paused.add(slot)
+        if not self._objects.disk.full:  # back already, perhaps before it knew of this layer
+            with self._lock:
+                if slot in self._paused:
+                    self._paused.remove(slot)
+                    return False
+        return True
+
     def _go_on(self) -> None:
         """The disk takes writes again."""
+        for slot, layer in tuple(self._open.items()):
+            if layer.content.provisional:
+                self._open.pop(slot, None)  # who needs it opens it anew
         with self._lock:
             paused, self._paused = self._paused, set()
         for slot in paused:

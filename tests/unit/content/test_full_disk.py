@@ -467,3 +467,24 @@ def test_errors_that_are_not_of_the_disk_do_not_make_it_full(tmp_path):
     error = watched.failed(OSError(errno.EMFILE, "Too many open files"), "cannot open", "x")
     assert not isinstance(error, DiskFull)
     assert not watched.full
+
+
+def test_a_layer_that_is_opened_while_nothing_can_be_made(make_lab, tmp_path, bad_disk):
+    """Its file is not there: another is opened in its place, and nothing is stored in that."""
+    lab = make_lab(FILES)
+    for name in ("blob", "blob.map"):
+        (tmp_path / "layer" / name).unlink()
+    bad_disk.writing = {"layer": errno.ENOSPC}
+    opened = lab.content = lab.reopen()
+    assert opened.provisional
+    bad_disk.free()
+    wait_for(lambda: not opened._disk.full)
+    for number, data in enumerate(FILES):
+        assert lab.read(number) == data
+    with pytest.raises(DiskFull):
+        opened.complete_step()
+    assert opened.stored_bytes == 0
+    again = lab.reopen()
+    assert not again.provisional
+    complete_content(again)
+    assert (tmp_path / "layer" / "blob").read_bytes() == lab.layer.blob

@@ -3,6 +3,7 @@
 import base64
 import gc
 import io
+import mmap
 import os
 import pickle
 import random
@@ -140,6 +141,17 @@ def test_damage_on_disk_is_detected(tmp_path: Path) -> None:
         LayerIndex.open(path)
     with pytest.raises(StorageError):
         LayerIndex.open(tmp_path / "missing")
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_mapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that touches a mapped page which cannot be read is ended by the kernel."""
+    mapped: list[object] = []
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: mapped.append(1))
+    with pytest.raises(StorageError):
+        LayerIndex.open("/proc/self/mem")  # reading its first page gives EIO
+    assert mapped == []
 
 
 def test_another_version_is_refused() -> None:

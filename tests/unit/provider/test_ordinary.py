@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ from lab import tars
 from layerstore import limits
 from layerstore.content import ContentStats, LayerContent, ObjectStore, Outages, Scheduler
 from layerstore.errors import (
+    DiskFull,
     InvalidLayer,
     NetworkError,
     ServiceError,
@@ -263,6 +265,56 @@ def test_where_all_is_lost_a_file_costs_its_range_only(
         assert asked < len(blob) // 2
     for name, data in FILES.items():
         assert reader.read(name) == data, name
+
+
+@pytest.mark.parametrize("kind", BLOBS)
+@pytest.mark.parametrize("long", [False, True])
+def test_where_all_is_lost_and_the_disk_takes_nothing_it_comes_through_memory(
+    ingest: Ingest, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, kind: str, long: bool
+):
+    blob, _ = BLOBS[kind]
+    ingest(blob)
+    lose_objects(ingest)
+    for lost in ("blob", "blob.map"):
+        (ingest.directory / lost).unlink()
+    if long:
+        monkeypatch.setattr(limits, "HELD_UNIT_BYTES", 100_000)
+        monkeypatch.setattr(limits, "MEMBER_HELD_BYTES", 100_000)
+    reader = Reader(ingest, blob, scheduler)
+    no_room(ingest.objects)
+    for name, data in FILES.items():
+        assert reader.read(name) == data, name
+    large = FILES[b"large"]
+    for offset in range(0, len(large), 200_000):
+        assert reader.read(b"large", offset, 1000) == large[offset : offset + 1000]
+    assert not list(ingest.root.glob("content/objects/*/*"))
+    assert reader.content.stored_bytes == 0
+
+
+def no_room(objects: ObjectStore) -> None:
+    objects.disk.failed(OSError(errno.ENOSPC, "No space left on device"), "cannot write", "it")
+    assert objects.disk.full
+
+
+def test_what_was_taken_in_before_the_disk_was_full_is_removed(
+    ingest: Ingest, monkeypatch: pytest.MonkeyPatch
+):
+    blob = BLOBS["gzip"][0]
+    put = ingest.objects.put
+    stored: list[bytes] = []
+
+    def full(digest: bytes, data: bytes | memoryview, **options: bool) -> bool:
+        if len(stored) == 3:
+            no_room(ingest.objects)
+        stored.append(digest)
+        return put(digest, data, **options)
+
+    monkeypatch.setattr(ingest.objects, "put", full)
+    with pytest.raises(DiskFull):
+        ingest(blob)
+    assert len(stored) == 4
+    assert not list(ingest.root.glob("content/objects/*/*"))
+    assert not list(ingest.root.glob("content/tmp/*"))
 
 
 def test_a_second_layer_stores_no_file_twice(ingest: Ingest):

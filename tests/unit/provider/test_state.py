@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from layerstore.errors import StorageError
+from layerstore.errors import DiskFull, StorageError
 from layerstore.formats.announced import Form
 from layerstore.image import Digest
 from layerstore.provider import names
@@ -193,3 +193,26 @@ def test_a_database_of_another_release_is_refused_and_untouched(tmp_path: Path):
     path.write_bytes(b"not a database at all, but long enough" * 100)
     with pytest.raises(StorageError):
         State(path)
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path):
+    path = tmp_path / "state.sqlite"
+    state = State(path)
+    layer = add(state, A, B)
+    pages = state._db.execute("PRAGMA page_count").fetchone()[0]
+    state._db.execute(f"PRAGMA max_page_count = {pages}")
+    reason = "it is false " * 2000
+    state.quarantine(layer.slot, reason)
+    with pytest.raises(DiskFull):
+        state.add_document(Document(Digest.of(b"x"), "application/json", b"x" * 20_000))
+    now = state.layer(layer.slot)
+    assert now is not None
+    assert now.quarantine == reason
+    state.save_layers()  # still no room
+    state._db.execute("PRAGMA max_page_count = 1000000")
+    state.save_layers()
+    state = reopen(state, path)
+    now = state.layer(layer.slot)
+    assert now is not None
+    assert now.quarantine == reason
+    state.close()
