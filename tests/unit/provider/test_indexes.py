@@ -138,15 +138,19 @@ def test_what_is_to_be_verified_first_waits(other, registry, image, file):
 
 def test_a_node_that_lost_the_contents_reads_by_range(asker, registry, image, file):
     view = asker.view(ref(registry), image.layers[0].digest)
-    asker.store._state.set_complete(view.slot, False)  # it was evicted: nothing to be mended
+    asker.store.layers.drop_blob(view.slot)
     asker.close()
-    for lost in ("blob", "blob.map"):
-        (asker.root / "layers" / str(view.slot) / lost).unlink()
     shutil.rmtree(asker.root / "content")
     asker.open()
     registry.log.clear()
     assert asker.read(view, "usr/f20") == FILES[0]["usr/f20"]
     assert 0 < sent_bytes(registry, image.layers[0].digest) < image.layers[0].size // 2
+    # known by name still, but not complete: a fetch brings what is missing
+    job = asker.store.fetches.start(ref(registry), ())
+    until(lambda: asker.store.fetches.status(job)["done"])
+    assert asker.store.fetches.status(job)["layers"][0]["state"] == "complete"
+    registry.fault("reset")
+    assert asker.read(view, "usr/last") == FILES[0]["usr/last"]
 
 
 def test_an_index_of_another_layer_shows_nothing_and_is_found_out(
