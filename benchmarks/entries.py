@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -95,20 +94,27 @@ class _Measure:
 
     def __init__(self, form: str) -> None:
         self._form = form
-        self._base = _peak()
+        self._base = _memory("VmRSS")
         self.results: list[Result] = []
 
     def __call__(self, step: str, run: Callable[[], tuple[int, Path]]) -> None:
+        _forget()
         began = time.monotonic()
         toc, index = run()
-        size = index.stat().st_size
+        seconds, size = time.monotonic() - began, index.stat().st_size
         self.results.append(
-            Result(self._form, step, time.monotonic() - began, self._base, _peak(), toc, size)
+            Result(self._form, step, seconds, self._base, _memory("VmHWM"), toc, size)
         )
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _memory(field: str) -> int:
+    """``VmRSS``, what this process has in memory now, or ``VmHWM``, the most since `_forget`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _forget() -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # else what was here before exec counts
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
