@@ -102,6 +102,7 @@ def wait_for(condition: Any, seconds: float = 30.0) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("flavour", ["debian12"], indirect=True)  # mounts are the same for both
 def test_the_limit_holds_and_running_containers_go_last(
     flavour: Flavour, make_rig: MakeRig, several: list[Pushed]
 ) -> None:
@@ -165,6 +166,7 @@ def test_what_is_materialized_needs_no_store(
     assert lab.graph_layers(rig.env) == []
 
 
+@pytest.mark.parametrize("flavour", ["debian13"], indirect=True)
 def test_what_no_graph_root_refers_to_is_collected(
     flavour: Flavour, make_rig: MakeRig, several: list[Pushed]
 ) -> None:
