@@ -64,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """One figure: medians at the start, in the middle and at the end, and the line through all."""
+    """One figure: medians at the start, in the middle and at the end, and how much that is in an hour."""
 
     name: str
     start: float
@@ -133,14 +133,14 @@ def trends(samples: Sequence[Sample]) -> list[Trend]:
             ("rss_bytes", _MIB, 2.0), ("descriptors", 1, 4.0), ("threads", 1, 4.0),
         ):  # fmt: skip
             values = [getattr(getattr(sample, who), what) / unit for sample in kept]
-            hours = [sample.seconds / 3600 for sample in kept]
             third = max(1, len(values) // 3)
             start, middle, end = (
                 statistics.median(values[place * third : (place + 1) * third] or values[-third:])
                 for place in range(3)
             )
             swing = max(values[:third]) - min(values[:third])
-            slope = statistics.linear_regression(hours, values).slope
+            hours = (kept[-third // 2 - 1].seconds - kept[third // 2].seconds) / 3600
+            slope = (end - start) / hours
             found.append(
                 Trend(f"{who} {what}", start, middle, end, slope, max(least, swing, start * 0.05))
             )
