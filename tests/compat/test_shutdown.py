@@ -1,5 +1,6 @@
-"""The end of the store: politely, with nothing left behind, and never two at once."""
+"""The end of the store: politely, with nothing left in the way, and never two at once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ def processes(directory: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_plain_empty_directory(
+def test_a_signal_leaves_a_plain_directory_that_podman_can_live_with(
     rig: Rig, small: Pushed, number: signal.Signals
 ) -> None:
     image = rig.image(small.name)
@@ -44,23 +45,49 @@ def test_a_signal_leaves_a_plain_empty_directory(
     assert rig.service.stop(number) == 0
     assert time.monotonic() - began < 15
     assert str(rig.store) not in mounts()
-    assert list(rig.store.iterdir()) == []
+    left = {path.name for path in rig.store.rglob("*") if not path.is_dir()}
+    # Podman 5 adds up the files of layers that are known by their TOC only, each time anew
+    assert left == (set() if rig.flavour == "debian12" else {"diff"})
     assert processes(rig.service.directory) == []
     assert "event=stopped" in rig.service.log()
     assert "Traceback" not in rig.service.log()
     assert rig.env.podman("image", "exists", image, check=False).returncode == 0
-    listed = rig.env.podman("images", "--format", "{{.Repository}}:{{.Tag}}", check=False)
-    if rig.flavour == "debian12":
-        assert image in listed.stdout
-    else:
-        # Podman 5 adds up the files of layers that are known by their TOC only, each time anew
-        assert "size/digest of layer" in listed.stderr
+    assert image in rig.env.podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout
+    rig.env.podman("system", "df")
+    assert image in rig.env.podman("inspect", image).stdout
     # its layers are away with the store: that is an error, not a hang
     with pytest.raises(CommandError):
         rig.env.podman("run", "--rm", image, timeout=30)
     rig.env.podman("rmi", image)
     rig.env.podman("pull", image)
     assert rig.env.podman("run", "--rm", image).stdout.startswith("hello from small")
+    rig.service.start()
+    rig.service.stop()
+    # what stood for the layers was taken away and put back, whatever had become of the images
+    assert left == {path.name for path in rig.store.rglob("*") if not path.is_dir()}
+
+
+def test_a_mount_whose_processes_were_killed_is_cleared_away(rig: Rig, small: Pushed) -> None:
+    image = rig.image(small.name)
+    rig.env.podman("pull", image)
+    keeper = rig.service.leave()
+    keeper.kill()
+    keeper.wait(10)
+    with pytest.raises(CommandError):
+        rig.env.podman("run", "--rm", image, timeout=30)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "layerstore.cli", "unmount", str(rig.store)),
+            *("--root", str(rig.service.root), "--json"),
+        ],
+        env={**rig.env.environment(), "PYTHONPATH": str(Path(layerstore.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"mountpoint": str(rig.store), "unmounted": True}
+    assert image in rig.env.podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout
+    rig.env.podman("rmi", image)
 
 
 def test_running_containers_keep_their_layers_after_a_stop(rig: Rig, small: Pushed) -> None:
@@ -72,7 +99,6 @@ def test_running_containers_keep_their_layers_after_a_stop(rig: Rig, small: Push
     deadline = time.monotonic() + 10
     while str(rig.store) in mounts() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert list(rig.store.iterdir()) == []
     # what was never read before comes from the registry still
     rig.provider.clear()
     read = rig.env.podman("exec", container, "sh", "-c", "cat /data/big.bin | wc -c").stdout
@@ -80,9 +106,9 @@ def test_running_containers_keep_their_layers_after_a_stop(rig: Rig, small: Push
     assert rig.provider.requests() != []
     assert "event=draining" in rig.service.log()
     assert rig.service.status()["keeper"]["draining"] is True
-    # all else is as without a store; Podman 5 adds up the files of layers that are away now
+    # all else is as without a store
     assert rig.env.podman("ps", "-q").stdout.strip() == container[:12]
-    rig.env.podman("images", check=rig.flavour == "debian12")
+    assert image in rig.env.podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout
     rig.env.podman("rm", "-f", "--time=0", container)
     assert keeper.wait(10) == 0
     assert processes(rig.service.directory) == []

@@ -45,6 +45,7 @@ def systemd(tmp_path: Path, registry: SimRegistry) -> Iterator[PrivateSystemd]:
     for shipped, here in (
         ("/usr/local/bin/layerstore serve", f"{program} serve --config {tmp_path}/config.toml"),
         ("/usr/local/bin/layerstore reload", f"{program} reload --config {tmp_path}/config.toml"),
+        ("/usr/local/bin/layerstore unmount", f"{program} unmount --config {tmp_path}/config.toml"),
         (PLACE, str(tmp_path)),
         ("StateDirectory=layerstore\n", ""),
         ("[Unit]\n", "[Unit]\nDefaultDependencies=no\n"),

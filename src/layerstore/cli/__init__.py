@@ -34,6 +34,7 @@ VERBS: Final = {
     "Service": {
         "serve": "serve:serve",
         "reload": "reload:reload",
+        "unmount": "unmount:unmount",
         "status": "status:status",
         "fetch": "fetch:fetch",
         "save-index": "indexes:save_index",

@@ -62,7 +62,7 @@ class StoreFilesystem(Operations):
         the kernel waits for reads of these pages that are under way.
         """
         index = self._layers.index_of(slot)
-        views = self._store.views_of_slot(slot)
+        views = [view for view in self._store.views() if view.slot == slot]
         for entry in range(index.entries):
             if stat.S_ISDIR(index.mode(entry)):
                 for view in views:

@@ -10,14 +10,16 @@ be believed, and a client reuses layers by what it believes, for any image.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
 from layerstore.formats.announced import Form
 from layerstore.image import Descriptor, Digest, uncompressed_size
+from layerstore.provider import names
 from layerstore.provider.refusal import NO_SIZE, Refusal
-from layerstore.provider.state import LayerRecord
+from layerstore.provider.state import LayerRecord, View
 
 # containers/storage archive.Compression
 _COMPRESSION: Final = {
@@ -68,6 +70,15 @@ def toc_info(record: LayerRecord, diff_id: Digest) -> bytes:
     if record.verified:
         known |= {"diff-digest": diff_id, "diff-size": record.diff_size}
     return _encode(record, known)
+
+
+def unsized(views: Iterable[View]) -> list[str]:
+    """The directories of layers whose ``info`` tells no size that a client believes."""
+    return [
+        names.directory_of(view.reference, view.name)
+        for view in views
+        if "diff-digest" not in msgspec.json.decode(view.info, type=dict[str, object])
+    ]
 
 
 def _encode(record: LayerRecord, more: dict[str, object]) -> bytes:

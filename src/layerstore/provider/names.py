@@ -76,6 +76,11 @@ def element_of(reference: str) -> bytes:
     return base64.b64encode(reference.encode())
 
 
+def directory_of(reference: str, name: Digest) -> str:
+    """The directory of a layer, from the root on; ``reference`` is empty where names have none."""
+    return f"{element_of(reference).decode()}/{name}" if reference else name
+
+
 def digest_of(element: bytes) -> Digest:
     """The digest that a path element names; InvalidDigest if it names none."""
     try:

@@ -160,9 +160,9 @@ class Store:
         """The views of the reference with this name hash.  Never waits."""
         return self._state.views_of(key)
 
-    def views_of_slot(self, slot: int) -> tuple[View, ...]:
-        """The names of a layer."""
-        return tuple(view for view in self._state.views() if view.slot == slot)
+    def views(self) -> tuple[View, ...]:
+        """All names that layers were shown under.  Never waits."""
+        return self._state.views()
 
     def blob_size(self, view: View) -> int:
         """Size in bytes of the compressed layer."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from layerstore.service.opening import passing_store
     from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
     from layerstore.service.reloading import reload
+    from layerstore.service.unmounting import unmount
 
 __all__ = [
     "DEFAULT_PATH",
@@ -43,6 +44,7 @@ __all__ = [
     "passing_store",
     "reload",
     "request",
+    "unmount",
 ]
 
 _HOMES: Final = {
@@ -67,6 +69,7 @@ _HOMES: Final = {
     "passing_store": "opening",
     "reload": "reloading",
     "request": "control",
+    "unmount": "unmounting",
 }
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from layerstore import __version__, limits
-from layerstore.provider import limit_arenas
+from layerstore.provider import limit_arenas, unsized
+from layerstore.service import standins
 from layerstore.service.checking import check_methods
 from layerstore.service.child import Leave
 from layerstore.service.config import Config
@@ -120,6 +121,13 @@ class Service:
     def keeper_says(self, news: Mapping[str, Any]) -> None:
         """What has changed with the keeper."""
         self._keeper.update(news)
+        if news.get("draining"):
+            self.leave_stand_ins()
+
+    def leave_stand_ins(self) -> None:
+        """Where the store is not mounted any more: see `standins`."""
+        mountpoint = Path(self._mounts[0].mountpoint)
+        standins.leave(mountpoint, self._root, unsized(self._store.views()))
 
     def stop(self, leave: Leave = Leave.CLEAN) -> None:
         """Make `next_end` return None; from any thread and from signal handlers.

@@ -28,7 +28,7 @@ def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator
     StorageError and ConfigError.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(root, patience))
+        stack.enter_context(locked(root, patience))
         client = RegistryClient(registry_settings(config))
         stack.callback(client.close)
         store = Store(
@@ -79,8 +79,11 @@ def _path(text: str | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def _locked(root: Path, patience: float) -> Iterator[None]:
-    """Hold the root directory's lock, so that two services never share it."""
+def locked(root: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the root directory's lock, so that two services never share it.
+
+    Raises ServiceError if one uses it, and still does after ``patience`` seconds, StorageError.
+    """
     path = root / SERVER_LOCK
     try:
         lock = path.open("w")

@@ -12,3 +12,4 @@ CONTROL_SOCKET: Final = "control.sock"  # the server's
 SERVER_LOCK: Final = "lock"  # held by whoever uses the state: the server, `layerstore fetch`
 KEEPER_SOCKET: Final = "keeper.sock"
 KEEPER_LOCK: Final = "keeper.lock"
+STAND_INS: Final = "stand-ins.json"

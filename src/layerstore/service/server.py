@@ -90,7 +90,9 @@ def _wait_and_serve(link: socket.socket, root: Path, config: Config) -> int:
             if mount is None:
                 break
             left -= 1
+            service.leave_stand_ins()
             messages.send(link, {"ended": mount.name})
+        service.leave_stand_ins()
     return 0
 
 
