@@ -171,7 +171,7 @@ def test_what_cannot_be_restored_goes_and_can_be_pulled_again(
     status, found = findings(env, "--full")
     assert status == 1
     assert expected in kinds(found)
-    if env.flavour == "debian13":
+    if env.flavour == "debian13" and damage is not damage_config:  # Podman sees other sizes only
         assert env.podman("system", "check", check=False).returncode != 0
     status, found = findings(env, "--full", "--repair")
     assert status == 0, found
