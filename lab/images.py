@@ -103,9 +103,9 @@ def python_image(directory: Path | None = None) -> StoredImage:
     return cached(directory, "python", {"python": _PYTHON_RECIPE}, build)
 
 
-def lazy(image: StoredImage, layout: Path) -> StoredImage:
+def lazy(image: StoredImage, layout: Path, prioritize: tuple[str, ...] = ()) -> StoredImage:
     """The image as eStargz, in a new layout; packed little, because these are looked at, not kept."""
-    options = ConvertOptions(form=Estargz(EstargzOptions(level=1)))
+    options = ConvertOptions(form=Estargz(EstargzOptions(level=1, prioritize=prioritize)))
     convert(f"oci:{image.layout}:{image.tag}", f"oci:{layout}:latest", options)
     return oci.read_image(layout, "latest")
 

@@ -41,14 +41,16 @@ HELLO = "hello from small amd64: 199 files\n"
 
 @contextlib.contextmanager
 def store_on(
-    kind: Kind, flavour: Flavour, workspace: Path, registry: DebianRegistry
+    kind: Kind, flavour: Flavour, workspace: Path, registry: DebianRegistry, config: str = ""
 ) -> Iterator[tuple[SmallDisk, Rig]]:
     if not Path("/dev/fuse").exists():
         pytest.skip("there is no /dev/fuse here")
     place = Path(tempfile.mkdtemp(prefix="full-", dir=workspace))
     with (
         SmallDisk(place / "layerstore" / "state", kind, SIZE) as disk,
-        Rig(place, flavour, registry.host, config="[disk]\nkeep_free_percent = 0\n") as rig,
+        Rig(
+            place, flavour, registry.host, config=f"{config}[disk]\nkeep_free_percent = 0\n"
+        ) as rig,
     ):
         yield disk, rig
 
@@ -91,25 +93,35 @@ def is_clean(disk: SmallDisk) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("kind", "flavour"), [("ext4", "debian12"), ("tmpfs", "debian13")])
+@pytest.mark.parametrize(
+    ("kind", "flavour", "ahead"),
+    [("tmpfs", "debian12", "background"), ("ext4", "debian13", "prefetch")],
+)
 def test_lazy_layers_outlast_a_full_disk(
     kind: Kind,
     flavour: Flavour,
+    ahead: str,
     workspace: Path,
     registry: DebianRegistry,
     trixie: object,
     small: Pushed,
+    push: Push,
     push_lazy: Push,
     plain_tree: PlainTree,
 ) -> None:
+    if ahead == "prefetch":  # and nothing else is fetched before somebody reads
+        early = images.lazy(images.small_image(), workspace / "early", ("data/big.bin",))
+        small = push(early, "lazy/early:1")
     other = push_lazy(images.small_image(marker="full"), "lazy/full:1")
     right = plain_tree(small)
-    with store_on(kind, flavour, workspace, registry) as (disk, rig):
+    config = f"background_fetch = {'false' if ahead == 'prefetch' else 'true'}\n"
+    with store_on(kind, flavour, workspace, registry, config) as (disk, rig):
         image = rig.image(small.name)
         disk.fill(leave=3 * MIB)
         rig.env.podman("pull", "-q", image)
         assert len(store_layers(rig.env, rig.store)) == 3
-        wait_for(rig, lambda status: status["disk"]["full"])  # the background fetch met it
+        wait_for(rig, lambda status: status["disk"]["full"])
+        assert rig.service.status()["content"]["fetched_bytes"][ahead]  # that is what met it
         disk.fill()
         is_right(rig, image, right)
 
