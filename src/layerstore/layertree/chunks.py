@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from bisect import bisect_right
 from typing import Final
 
 from layerstore import limits
@@ -213,8 +212,3 @@ class ChunkTable:
                 last = offset
         found.append(self.toc_offset)
         return found
-
-
-def member_of(members: array[int], offset: int) -> int:
-    """The number of the member that begins at ``offset``."""
-    return bisect_right(members, offset) - 1
