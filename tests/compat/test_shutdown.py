@@ -63,7 +63,7 @@ def test_a_signal_leaves_a_plain_directory_that_podman_can_live_with(
     assert rig.env.podman("run", "--rm", image).stdout.startswith("hello from small")
     rig.service.start()
     rig.service.stop()
-    # what stood for the layers was taken away and put back, whatever had become of the images
+    # what stands for the layers is there again, whatever has become of the images
     assert left == {path.name for path in rig.store.rglob("*") if not path.is_dir()}
 
 

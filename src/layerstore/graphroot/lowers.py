@@ -18,7 +18,7 @@ from typing import Final
 from layerstore.graphroot.overlay import Overlay, additional_layer_of, short_name_of
 
 _SHORT: Final = re.compile(rb"(?:^|[/=:,\\])l/([A-Z0-9]{26})(?![A-Za-z0-9])")
-_DIFF: Final = re.compile(rb"/([0-9a-f]{64})/diff(?![A-Za-z0-9])")
+_DIFF: Final = re.compile(rb"([^=:,\s]*)/([0-9a-f]{64})/diff(?![A-Za-z0-9])")
 _GRAPH_ROOT: Final = re.compile(rb"[=:](/[^:,\\\s]+)/overlay/l/[A-Z0-9]{26}(?![A-Za-z0-9])")
 _MERGED: Final = re.compile(rb" (/\S+)/merged ")
 
@@ -30,7 +30,28 @@ def short_names(text: bytes) -> list[bytes]:
 
 def layer_ids(text: bytes) -> list[bytes]:
     """The ids of layers whose ``diff`` is named in the options of a mount."""
-    return _DIFF.findall(text)
+    return [layer for _, layer in _DIFF.findall(text)]
+
+
+def layer_ids_in(text: bytes, overlay: Path) -> list[bytes]:
+    """Those of `layer_ids` that may be in the directory ``overlay`` of a graph root.
+
+    Elsewhere are only those whose directory can be seen, and is another one.
+    """
+    return [
+        layer
+        for parent, layer in _DIFF.findall(text)
+        if not _is_elsewhere(Path(os.fsdecode(parent)), overlay)
+    ]
+
+
+def _is_elsewhere(directory: Path, overlay: Path) -> bool:
+    if not directory.is_absolute():
+        return False
+    try:
+        return not directory.samefile(overlay)
+    except OSError:
+        return False
 
 
 def overlay_mounts() -> Iterator[bytes]:

@@ -32,7 +32,7 @@ import msgspec
 from layerstore import limits
 from layerstore.errors import ConfigError, CorruptStorage
 from layerstore.graphroot import atomic
-from layerstore.graphroot.lowers import layer_ids, overlay_mounts, short_names
+from layerstore.graphroot.lowers import layer_ids_in, overlay_mounts, short_names
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.graphroot.table import R, Table, TableName
@@ -114,7 +114,7 @@ class Published:
         found: set[str] = set()
         for text in (*overlay_mounts(), *self._client_lowers()):
             found.update(links[name] for name in short_names(text) if name in links)
-            found.update(layer.decode() for layer in layer_ids(text))
+            found.update(layer.decode() for layer in layer_ids_in(text, area.overlay.home))
         for root in self.clients:
             found.update(record.parent for record in _records(root, "layers", LayerRecord))
             for image in _records(root, "images", ImageRecord):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layerstore import fuse, limits
 from layerstore.errors import MountError
-from layerstore.service import held, standins
+from layerstore.service import held
 from layerstore.service.held import HeldMount
 from layerstore.service.systemd import Notifier
 
@@ -23,7 +23,7 @@ class Holding:
         self._notifier = notifier
         self.mounts: list[HeldMount] = []
 
-    def settle(self, mountpoint: Path, root: Path, *, resend: bool) -> None:
+    def settle(self, mountpoint: Path, *, resend: bool) -> None:
         """Have a mount at ``mountpoint``, first in ``mounts``: one that is there already, or a new
         one; the others are detached.  MountError.
         """
@@ -43,7 +43,6 @@ class Holding:
                 raise MountError(
                     f"cannot create: {error.strerror}", subject=str(mountpoint)
                 ) from error
-            standins.clear(root)
         mount = held.mount_fresh(mountpoint, resend=resend)
         self.mounts.insert(0, mount)
         if not mount.negotiated.can_resend:

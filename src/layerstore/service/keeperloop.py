@@ -304,7 +304,7 @@ class Keeper:
             self.predecessor, mounts = taken
             self.holding.mounts += mounts
         self._listen()
-        self.holding.settle(self.options.mountpoint, root, resend=not os.environ.get(_NO_RESEND))
+        self.holding.settle(self.options.mountpoint, resend=not os.environ.get(_NO_RESEND))
 
     # -- the end -----------------------------------------------------------------------
 

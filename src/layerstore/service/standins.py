@@ -26,12 +26,17 @@ _NAME: Final = "diff"
 
 
 def leave(mountpoint: Path, root: Path, directories: Iterable[str]) -> int:
-    """Make stand-ins in these directories below ``mountpoint``; how many there are.
+    """Make stand-ins in these directories below ``mountpoint``, instead of those of the last time;
+    how many there are.
 
-    Nothing is done where something is mounted.  What fails is logged.
+    They stay below the next mount, and are there whatever ends it.  Nothing is done where
+    something is mounted.  What fails is logged.
     """
     wanted = sorted(directories)
-    if not wanted or fuse.find_mount(mountpoint) is not None:
+    if fuse.find_mount(mountpoint) is not None:
+        return 0
+    clear(root)
+    if not wanted:
         return 0
     try:
         (root / STAND_INS).write_text(json.dumps([str(mountpoint), wanted]))

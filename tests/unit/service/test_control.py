@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -82,7 +83,9 @@ def test_other_users_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch):
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
     os.chmod(root / CONTROL_SOCKET, 0o666)
-    for parent in (root, *root.parents[:4]):
+    for parent in (root, *root.parents):
+        if parent == Path(tempfile.gettempdir()):
+            break
         parent.chmod(0o755)
     reader, writer = os.pipe()
     child = os.fork()

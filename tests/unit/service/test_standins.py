@@ -25,6 +25,8 @@ def test_a_stand_in_has_a_size_and_is_no_layer(place: tuple[Path, Path]) -> None
     for layer in (LAYER, SPLIT):
         assert os.listdir(mountpoint / layer) == ["diff"]
         assert (mountpoint / layer / "diff").is_file()
+    standins.leave(mountpoint, root, [SPLIT])
+    assert os.listdir(mountpoint) == [SPLIT.partition("/")[0]]
     standins.clear(root)
     assert os.listdir(mountpoint) == []
     assert os.listdir(root) == []
