@@ -108,7 +108,7 @@ class Spool:
         """The file for a blob of ``size`` bytes; None for small ones, and where it cannot be."""
         if size < limits.SPOOL_MIN_BYTES:
             return None
-        path = self._directory / f"{digest.algorithm}-{digest.hex}"
+        path = self._path(digest)
         try:
             self._directory.mkdir(0o700, parents=True, exist_ok=True)
             found = _locked(path, os.O_CREAT)
@@ -118,6 +118,16 @@ class Spool:
         if found is not None and found.size > size:
             found.clear()
         return found
+
+    def drop(self, digest: Digest) -> None:
+        """Remove what is here of a blob, unless somebody else is at it: its layer is whole."""
+        path = self._path(digest)
+        with contextlib.suppress(OSError):
+            if (found := _locked(path, 0)) is not None:
+                found.remove()
+
+    def _path(self, digest: Digest) -> Path:
+        return self._directory / f"{digest.algorithm}-{digest.hex}"
 
     def expire(self, *, seconds: float = limits.SPOOL_SECONDS) -> None:
         """Remove files that nobody wrote to for so long."""

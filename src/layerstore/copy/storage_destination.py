@@ -107,6 +107,9 @@ def pull_into(
                     listener.message(f"Layer stores {OLD_PODMAN}")
                 layers = pull.layers(plans)
                 found = pull.image(layers, names, signatures)
+                if spool is not None:  # of a pull that died when its layer was in place already
+                    for layer in layers:
+                        spool.drop(layer.wanted.descriptor.digest)
                 return PullResult(
                     found.id,
                     (image.index or image.manifest).digest,

@@ -479,6 +479,19 @@ def test_a_layer_above_that_was_ready_is_not_fetched_again(puller: Puller) -> No
     assert len(puller.registry.requests("GET", str(image.layers[1].digest))) == before
 
 
+def test_what_a_pull_left_that_died_when_its_layer_was_in_place_goes(puller: Puller) -> None:
+    image = puller.publish("a/b:1", [FILES[0], {"big": BIG}])
+    puller.pull("a/b:1")
+    kept = Spool(puller.config.graph_root).open(image.layers[1].digest, image.layers[1].size)
+    assert kept is not None
+    kept.append(b"x" * 100)
+    puller.pull("a/b:1")
+    assert len(puller.partial()) == 1  # somebody has it
+    kept.close()
+    puller.pull("a/b:1")
+    assert puller.partial() == []
+
+
 def test_what_was_kept_expires(puller: Puller) -> None:
     spool = Spool(puller.config.graph_root)
     old = Digest.of(b"old")
