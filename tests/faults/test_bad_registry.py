@@ -22,6 +22,7 @@ from layerstore.image import annotations
 
 MIB = 1 << 20
 SIZE = int(os.environ.get("LAYERSTORE_BAD_REGISTRY_MIB", "64")) * MIB
+TOKEN_SECONDS = 2.0
 IMAGES, LAYERS, READERS = 3, 2, 6
 CONFIG = "background_fetch = false\nprefetch = false\n"
 BLOBS = "/(blobs|storage)/"
@@ -83,12 +84,20 @@ class Files:
 
 
 class Readers:
-    """Threads that read all files in their own order and compare them."""
+    """Threads that read all files in their own order and compare them.
+
+    All of them first read one half of the files, and the other one when every token and address
+    that the store was given has expired.
+    """
 
     def __init__(self, store: Path, files: Files, seed: int) -> None:
         self._store = store
         self._files = files
         self.failures: list[str] = []
+        keys = list(files.digests)
+        random.Random(seed).shuffle(keys)
+        self._halves = (keys[::2], keys[1::2])
+        self._pause = threading.Barrier(READERS, lambda: time.sleep(TOKEN_SECONDS + 0.5))
         self._threads = [
             threading.Thread(target=self._run, args=(random.Random(seed + number),))
             for number in range(READERS)
@@ -101,8 +110,12 @@ class Readers:
             thread.join()
 
     def _run(self, order: random.Random) -> None:
-        keys = list(self._files.digests)
-        order.shuffle(keys)
+        first, second = (order.sample(half, len(half)) for half in self._halves)
+        self._read(first)
+        self._pause.wait()
+        self._read(second)
+
+    def _read(self, keys: list[tuple[str, str, str]]) -> None:
         for reference, name, path in keys:
             place = layer_path(self._store, reference, name) / "diff" / path
             try:
@@ -126,7 +139,7 @@ def registry(seed: int) -> Iterator[SimRegistry]:
     with SimRegistry(
         auth="bearer",
         anonymous=True,
-        token_seconds=2.0,
+        token_seconds=TOKEN_SECONDS,
         announced_seconds=300.0,  # it lies: they are refused long before
         redirect=True,
         redirect_seconds=1.0,

@@ -81,6 +81,9 @@ def prune(
     Layers that are younger than ``grace_seconds``, or that have a name, stay; those of a
     published store until nobody has needed them for ``retired_seconds``.
     """
+    for area in (store.layer_area, store.image_area):
+        with area.editing():
+            pass  # whoever edits first removes what dead processes left beside the tables
     images = {image.id: image for image in store.images()}
     sizes = {layer.id: _local_size(layer) for layer in store.layers()}
     result = Pruned()

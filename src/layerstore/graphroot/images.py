@@ -137,11 +137,12 @@ class ImageEdit:
             remove_tree(self.area.image_directory(image))
 
     def sweep(self) -> None:
-        """Remove the directories of all images that have no record.
+        """Remove temporary files, and the directories of all images that have no record.
 
         Everybody writes both under the lock, so these are what a crash left.  Without
         any record nothing is removed: then it may be the table that was lost.
         """
+        atomic.sweep(self.area.directory)
         if not self._records:
             return
         with contextlib.suppress(OSError), os.scandir(self.area.directory) as entries:

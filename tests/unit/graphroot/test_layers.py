@@ -11,6 +11,7 @@ import pytest
 from lab import handmade, images, tars
 from layerstore.errors import StorageError, UnknownObject
 from layerstore.graphroot import als
+from layerstore.graphroot.cleanup import prune
 from layerstore.graphroot.layers import Layer, LayerArea, LayerEdit
 from layerstore.graphroot.overlay import Overlay, RootAttributes
 from layerstore.graphroot.records import INCOMPLETE, LayerRecord
@@ -234,6 +235,20 @@ def test_sweeping_leaves_what_is_not_temporary(store: Store) -> None:
         pass
     assert not (directory / ".tmp-abc.tar-split.gz").exists()
     assert (directory / "abc.tar-split.gz").exists()
+
+
+def test_prune_removes_what_dead_writers_left_beside_tables_that_nobody_changes(
+    store: Store,
+) -> None:
+    left = [
+        store.config.graph_root / f"overlay-{kind}" / f".tmp-{kind}.json7338215047"
+        for kind in ("layers", "images")
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("[")
+    prune(Store.open(store.config))
+    assert [path for path in left if path.exists()] == []
 
 
 def test_storage_that_cannot_repair_still_lists(

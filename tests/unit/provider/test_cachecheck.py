@@ -233,6 +233,7 @@ def a_view(cache: Cache) -> None:
 
 
 def a_document(cache: Cache) -> None:
+    cache.asker.close()
     with sqlite3.connect(cache.asker.root / "state.sqlite") as database:
         rows = database.execute("SELECT digest, body FROM documents").fetchall()
         digest, body = CHANCE.choice(rows)
@@ -240,6 +241,7 @@ def a_document(cache: Cache) -> None:
         body = body[:at] + bytes((body[at] ^ 1,)) + body[at + 1 :]
         database.execute("UPDATE documents SET body = ? WHERE digest = ?", (body, digest))
     database.close()
+    cache.asker.open()
 
 
 DAMAGE: dict[Callable[[Cache], None], set[str]] = {

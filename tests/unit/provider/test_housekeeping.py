@@ -249,9 +249,10 @@ def test_a_crash_in_the_middle_leaves_no_complete_layer_without_its_bytes(
         patch.setattr(Path, "unlink", unlink)
         with pytest.raises(Killed):
             asker.store.disk_use.collect(dry_run=False, everything=True)
-    with sqlite3.connect(asker.root / "state.sqlite") as db:
+    asker.close()
+    with contextlib.closing(sqlite3.connect(asker.root / "state.sqlite")) as db:
         assert db.execute("SELECT complete FROM layers").fetchall() == [(0,)]
-    asker.restart()
+    asker.open()
     assert not asker.store.layers.open(view.slot).content.complete
     read_all(asker, view, 1)
 

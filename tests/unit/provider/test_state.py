@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -216,3 +217,16 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path: Path):
     assert now is not None
     assert now.quarantine == reason
     state.close()
+
+
+def test_no_other_process_shares_the_state(tmp_path: Path):
+    """What they would share is mapped, and ends the process on a full disk."""
+    path = tmp_path / "state.sqlite"
+    with contextlib.closing(State(path)) as state:
+        add(state, A, B)
+        assert not path.with_name("state.sqlite-shm").exists()
+        with (
+            contextlib.closing(sqlite3.connect(path, timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("SELECT * FROM layers")
