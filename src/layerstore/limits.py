@@ -11,6 +11,9 @@ from typing import Final
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
+# -- this process --------------------------------------------------------------
+GARBAGE_OBJECTS: Final = 50_000  # new ones before the interpreter looks for garbage among them
+
 # -- images -------------------------------------------------------------------
 MANIFEST_BYTES: Final = 4 * MIB  # OCI distribution specification: clients need not take more
 CONFIG_BYTES: Final = 16 * MIB
@@ -192,6 +195,7 @@ LAYER_BYTES: Final = 16 * 1024 * 1024 * MIB  # uncompressed tar stream of one la
 TAR_TRAILER_BYTES: Final = 64 * MIB  # kept of what follows the end of an archive
 OPEN_DIRECTORIES: Final = 64  # descriptors kept by the extraction of one layer
 STAGE_PIECE_BYTES: Final = 1 * MIB  # of a layer, handed from thread to thread
+LARGE_FILE_BYTES: Final = 256 * KIB  # is written, or stored, beside the making of small files
 STAGE_PIECES: Final = 4  # waiting for the next thread
 LOCK_SHARE_SECONDS: Final = 0.1  # so long readers may join others, then they queue up anew
 LOCK_RETRY_SECONDS: Final = 0.01  # after the kernel took a wait for a deadlock

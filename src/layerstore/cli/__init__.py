@@ -18,7 +18,7 @@ from typing import Annotated, Final, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
-from layerstore import __version__
+from layerstore import __version__, limits
 from layerstore.cli.process import (
     Ended,
     ending_by_signals,
@@ -29,8 +29,6 @@ from layerstore.cli.process import (
 )
 from layerstore.cli.rootless import enter_namespace
 from layerstore.errors import LayerstoreError, exit_status
-
-_GARBAGE: Final = 50_000  # new objects before the interpreter looks for garbage among them
 
 VERBS: Final = {
     "Service": {
@@ -159,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:  # else we are a part of somebody's program, and must not leave it
         # The interpreter looks for garbage while it loads and before it ends, in all that was loaded:
         # a good part of the time of a short verb, for memory that the kernel takes back anyway.
-        gc.set_threshold(_GARBAGE)
+        gc.set_threshold(limits.GARBAGE_OBJECTS)
         atexit.register(gc.freeze)
         try:
             enter_namespace(given)

@@ -4,9 +4,10 @@
 ``partial/<64 hex>`` holds a file that arrives chunk by chunk, with a bitmap of
 the verified chunks beside it; the name is the identity of the chunk list, not
 the announced digest of the file, because until all of it is there only the
-chunks are verified.  Nothing gets a name in ``objects`` before it is verified.
+chunks are verified.  Nothing is written to ``objects`` before it is verified; what is not written
+completely yet is `Underway`.
 
-Nothing is synced before it gets its name: what a power failure may have spoilt is told by the
+Nothing is synced before it counts: what a power failure may have spoilt is told by the
 `Ledger`.  Such an object is verified when it is opened; partial objects, whose bitmaps may be there
 without the bytes, are dropped: the layer's blob, whose bytes are verified when they are taken
 out, gives them again.
@@ -33,11 +34,13 @@ from layerstore.content.ledger import Ledger
 from layerstore.content.measure import StoredObject
 from layerstore.content.room import Room
 from layerstore.content.shelf import Shelf
+from layerstore.content.underway import Underway
 from layerstore.errors import StorageError, VerificationError
 
 _log = logging.getLogger(__name__)
 
 _HASH_PIECE = 1 * limits.MIB
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _VERIFYING = 16  # locks that keep several readers from verifying one object
 
 
@@ -97,8 +100,7 @@ class ObjectWriter:
     def __enter__(self) -> Self:
         self._disk.check()
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd = os.open(self._temporary, flags, 0o600)
+            self._fd = os.open(self._temporary, _CREATE, 0o600)
         except OSError as error:
             raise self._disk.failed(error, "cannot store", self._temporary) from error
         self._size = 0
@@ -163,6 +165,7 @@ class ObjectStore:
             self.ledger = Ledger(root)
             self.ledger.when_failed = self._sync_failed
             self.ledger.resting = lambda: self.disk.full
+            self._underway = Underway(root / "underway")
             self._drop_stale()
         except OSError as error:
             raise StorageError(f"cannot prepare: {error.strerror}", subject=str(root)) from error
@@ -179,6 +182,10 @@ class ObjectStore:
             stale += os.scandir(self._partial)
         for entry in stale:
             os.unlink(entry.path)
+        for digest in self._underway.left:
+            if not self.ledger.trusts(half := self.path(digest)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(half)
 
     def _sync_failed(self, error: OSError) -> None:
         """What was written of late may be in memory only: nobody goes on with it unverified."""
@@ -214,7 +221,7 @@ class ObjectStore:
         try:
             if self.ledger.trusts(fd):
                 return fd
-            if wait:
+            if wait and digest not in self._underway:  # in this order: it may be finished by now
                 with self._verifying[digest[0] % _VERIFYING]:
                     if self.ledger.trusts(fd) or self._verify(digest, fd):
                         return fd
@@ -249,6 +256,10 @@ class ObjectStore:
         try:
             right = _sha256(fd) == digest
             if not right:
+                if digest in self._underway:
+                    return True
+                right = _sha256(fd) == digest  # it may have been finished since
+            if not right:
                 self.ledger.distrust(fd)
                 self._open.drop(digest)
             elif not self.ledger.trusts(fd):
@@ -259,7 +270,8 @@ class ObjectStore:
 
     def has(self, digest: bytes) -> bool:
         """Whether the complete object is there."""
-        return os.path.exists(self.path(digest)) and digest not in self._unusable
+        there = os.path.exists(self.path(digest)) and digest not in self._unusable
+        return there and digest not in self._underway
 
     def put(self, digest: bytes, data: bytes | memoryview, *, ahead: bool = False) -> bool:
         """Store a complete object whose SHA-256 the caller has checked; False if it was there.
@@ -267,24 +279,48 @@ class ObjectStore:
         ``ahead`` says that nobody waits for it.
         """
         target = self.path(digest)
-        if self.ledger.trusts(target) and digest not in self._unusable:
+        if self.disk.full and self.ledger.trusts(target):
             return False
         self.disk.check()
-        self.room.charge(len(data), ahead=ahead)
-        temporary = f"{self._temporary}/{next(self._counter):x}"
+        if not self._underway.begin(digest):
+            return False
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _write_all(fd, data, 0)
-                self.ledger.stamp(fd)
-            finally:
-                os.close(fd)
-            os.rename(temporary, target)
+                fd = os.open(target, _CREATE, 0o600)
+            except FileExistsError:
+                if self.ledger.trusts(target) and digest not in self._unusable:
+                    return False
+                self._replace(target, data, ahead=ahead)
+            else:
+                self._fill(fd, target, data, ahead=ahead)
         except OSError as error:
-            _unlink_quietly(temporary)
             raise self.disk.failed(error, "cannot store", target) from error
+        finally:
+            self._underway.end(digest)
         self._unusable.discard(digest)
         return True
+
+    def _fill(self, fd: int, path: str, data: bytes | memoryview, *, ahead: bool) -> None:
+        """Write the file that was just made, or remove it; closes it in any case."""
+        try:
+            self.room.charge(len(data), ahead=ahead)
+            _write_all(fd, data, 0)
+            self.ledger.stamp(fd)
+        except BaseException:
+            _unlink_quietly(path)
+            raise
+        finally:
+            os.close(fd)
+
+    def _replace(self, target: str, data: bytes | memoryview, *, ahead: bool) -> None:
+        """Put a new file in the place of a suspect one."""
+        temporary = f"{self._temporary}/{next(self._counter):x}"
+        self._fill(os.open(temporary, _CREATE, 0o600), temporary, data, ahead=ahead)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            _unlink_quietly(temporary)
+            raise
 
     def writer(self, *, ahead: bool = False) -> ObjectWriter:
         """A large object that comes piece by piece; a context manager.  ``ahead`` as for put()."""

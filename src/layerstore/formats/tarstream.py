@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+from zlib import adler32
 
 from layerstore import limits
 from layerstore.errors import InvalidLayer, LimitExceeded, UnsupportedFormat
@@ -190,12 +191,22 @@ class TarReader:
 
 def _check_sum(block: bytes) -> None:
     announced = number(block[148:156], "checksum")
-    total = sum(block) - sum(block[148:156]) + 8 * 0x20
+    total = _sum(block) - sum(block[148:156]) + 8 * 0x20
     if announced != total:
         # Some old writers added up signed bytes.
         field = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in block[148:156])
         if announced != total - 256 * field:
             raise InvalidLayer("a tar header has a wrong checksum")
+
+
+def _sum(block: bytes) -> int:
+    """``sum(block)``, for 512 bytes much faster.
+
+    The low half of an Adler-32 (RFC 1950) is one more than the sum of the bytes modulo 65521, which
+    those of half a block never reach.
+    """
+    half = BLOCK // 2
+    return (adler32(block[:half]) & 0xFFFF) + (adler32(block[half:]) & 0xFFFF) - 2
 
 
 def _size(block: bytes) -> int:

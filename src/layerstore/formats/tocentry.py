@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import datetime
+import functools
 from base64 import b64encode
 from typing import Final
 
@@ -44,8 +45,8 @@ class EntryNames:
     """The user and group names that the TOC has told so far: each is written once per id."""
 
     def __init__(self) -> None:
-        self._users: dict[int, str] = {}
-        self._groups: dict[int, str] = {}
+        self._users: dict[int, bytes] = {}
+        self._groups: dict[int, bytes] = {}
 
     def user(self, uid: int, name: bytes) -> str:
         """Return ``name`` if it is news about ``uid``, else the empty text."""
@@ -84,10 +85,13 @@ def json_name(name: bytes) -> tuple[str, str]:
 
     A name that holds U+FFFD itself counts as one that needs its bytes.
     """
+    if not name:
+        return "", ""
     text = name.decode("utf-8", _GO_REPLACE)
     return text, b64encode(name).decode() if _REPLACEMENT in text else ""
 
 
+@functools.lru_cache(maxsize=1024)
 def rfc3339(nanoseconds: int) -> str:
     """Return a time since 1970 in UTC; empty for 0 and for years that RFC 3339 cannot write."""
     seconds, fraction = divmod(nanoseconds, 1_000_000_000)
@@ -100,12 +104,11 @@ def rfc3339(nanoseconds: int) -> str:
     return f"{text}.{fraction:09d}".rstrip("0") + "Z" if fraction else text + "Z"
 
 
-def _news(known: dict[int, str], number: int, name: bytes) -> str:
-    text = name.decode("utf-8", _GO_REPLACE)
-    if known.get(number, "") == text:
+def _news(known: dict[int, bytes], number: int, name: bytes) -> str:
+    if known.get(number, b"") == name:
         return ""
-    known[number] = text
-    return text
+    known[number] = name
+    return name.decode("utf-8", _GO_REPLACE)
 
 
 def toc_xattrs(attributes: dict[bytes, bytes]) -> dict[str, str]:

@@ -4,7 +4,7 @@ The bytes of the blob pass through once: hashed as they come, decompressed, hash
 tar stream (the diff ID), extracted, and what the files do not say written to the tar-split.
 Three threads share the work, with short queues between them: one takes from the source, hashes
 and decompresses, one hashes the tar stream, and the caller's makes the files.  Hashing and
-decompression run without Python's lock.
+decompression run without Python's lock; those who make files take turns.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from layerstore.graphroot.extract import (
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.tarsplit import TarSplitWriter, crc64
 from layerstore.image import Digest
+from layerstore.turns import SMALL_FILES
 
 DIFF: Final = "diff"
 TAR_SPLIT: Final = "tar-split.gz"
@@ -114,14 +115,22 @@ def stage_layer(
 
 def _extract(stream: _Stream, directory: Path, options: ExtractOptions) -> Extractor:
     fd = os.open(directory / TAR_SPLIT, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as out, Extractor(directory / DIFF, options) as extractor:
+    with (
+        open(fd, "wb") as out,
+        Extractor(directory / DIFF, options) as extractor,
+        SMALL_FILES.taken(),
+    ):
         split = TarSplitWriter(out)
         reader = TarReader(stream)
         payload = _Payload(stream, reader)
         while (entry := reader.next()) is not None:
             split.segment(stream.raw())
             payload.crc = 0
-            extractor.apply(entry, payload.read)
+            if entry.size < limits.LARGE_FILE_BYTES:
+                extractor.apply(entry, payload.read)
+            else:
+                with SMALL_FILES.left():
+                    extractor.apply(entry, payload.read)
             while payload.read(_PIECE):
                 pass
             split.file(entry.name, entry.size, payload.crc)
@@ -319,11 +328,13 @@ class _Stream:
     def read(self, n: int, /) -> bytes:
         piece, offset = self._piece, self._offset
         if offset == len(piece):
-            piece = self._piece = self._inflater.next()
+            with SMALL_FILES.left():
+                piece = self._piece = self._inflater.next()
+                if piece:
+                    self._hasher.put(piece)
             self._offset = offset = 0
             if not piece:
                 return b""
-            self._hasher.put(piece)
             self.position += len(piece)
             if self.position > limits.LAYER_BYTES:
                 raise LimitExceeded(f"the layer has more than {limits.LAYER_BYTES} bytes")

@@ -85,12 +85,13 @@ class ChunkTable:
             self._append_hole(entry, owner)
             return
         whole = entry.chunk_size in (0, size)
-        if entry.chunk_digest:
-            digest = sha256_bytes(entry.chunk_digest, subject)
-            if whole and self._digest not in (None, digest):
-                raise InvalidLayer("a file's digest and its only chunk's differ", subject=subject)
-        elif whole and self._digest is not None:
+        if whole and self._digest is not None:
             digest = self._digest
+            if entry.chunk_digest not in ("", entry.digest):
+                sha256_bytes(entry.chunk_digest, subject)
+                raise InvalidLayer("a file's digest and its only chunk's differ", subject=subject)
+        elif entry.chunk_digest:
+            digest = sha256_bytes(entry.chunk_digest, subject)
         else:
             raise InvalidLayer("a chunk has no digest to verify it by", subject=subject)
         self._append(entry, owner, digest)

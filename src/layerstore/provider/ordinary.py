@@ -18,11 +18,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,12 +42,14 @@ from layerstore.formats.checkpoints import Checkpoint, CheckpointReader, write_c
 from layerstore.formats.compression import Prefixed, Readable, detect
 from layerstore.formats.members import Packing
 from layerstore.formats.tartoc import FileRead, Piece, tar_entries
+from layerstore.formats.toc import TocEntry
 from layerstore.formats.zstdframes import FrameReader
 from layerstore.image import Digest
 from layerstore.layertree import LayerIndex, build_index
+from layerstore.provider.pieces import Pieces, StoppedError
+from layerstore.turns import SMALL_FILES
 
 _PIECE_BYTES: Final = 1 * limits.MIB  # handed from thread to thread
-_PIECES: Final = 4
 _DIGEST_BYTES: Final = 32
 _CHUNK_BYTES: Final = 4 * limits.MIB
 _SPACING: Final = 4 * limits.MIB  # a window costs 14 KiB: a third of a percent
@@ -110,12 +111,15 @@ def ingest_layer(
                 objects.room.charge(size, ahead=ahead())
 
             blob = _Blob(open_at, out.fileno(), digest, size, progress, check, charge)
-            with blob, _Plain(blob) as plain:
-                archive = _Archive(plain, objects, check, made, ahead)
+            with blob, _Plain(blob, check) as plain:
+                archive = _Archive(plain, objects, made, ahead)
                 try:
-                    with (directory / "index").open("wb") as index:
+                    with (
+                        (directory / "index").open("wb") as index,
+                        contextlib.closing(archive.entries()) as entries,
+                    ):
                         summary = build_index(
-                            tar_entries(archive.reader, archive.read_file),
+                            entries,
                             index,
                             blob_size=size,
                             toc_offset=size,
@@ -123,7 +127,7 @@ def ingest_layer(
                             member_bytes=limits.LAYER_BYTES,
                         )
                     while plain.read(_PIECE_BYTES):
-                        check()
+                        pass
                 except ContentError:
                     plain.drain()
                     blob.verify()  # damage on the way is another fault than a bad image
@@ -152,57 +156,6 @@ def ingest_layer(
     return IngestedLayer(found, plain.size, plain.compression(), summary.entries)
 
 
-class _StoppedError(Exception):
-    """The other end of a queue is gone."""
-
-
-class _Pieces:
-    """A bounded queue of bytes between two threads; an error of the first reaches the second."""
-
-    def __init__(self) -> None:
-        self._queue: queue.Queue[bytes | BaseException] = queue.Queue(_PIECES)
-        self._stopped = False
-        self._piece = b""
-        self._at = 0  # of the piece at hand: cutting its head off would copy it at every read
-        self._end: BaseException | None = None
-
-    def put(self, data: bytes) -> None:
-        if self._stopped:
-            raise _StoppedError
-        self._queue.put(data)
-
-    def finish(self, error: BaseException | None) -> None:
-        self._queue.put(error or _StoppedError())
-
-    def read(self, n: int, /) -> bytes:
-        at = self._at
-        data = self._piece[at : at + n]
-        if data:
-            self._at = at + len(data)
-            return data
-        while not data:
-            if self._end is None:
-                got = self._queue.get()
-                if isinstance(got, bytes):
-                    self._piece = got
-                    data = got[:n]
-                    self._at = len(data)
-                    continue
-                self._end = got
-            if isinstance(self._end, _StoppedError):
-                return b""
-            raise self._end
-        return data
-
-    def stop(self) -> None:
-        """Let the first thread end: nothing more is read."""
-        self._stopped = True
-        while self._end is None:
-            got = self._queue.get()
-            if not isinstance(got, bytes):
-                self._end = got
-
-
 class _Blob:
     """Brings the blob in a thread: stored, hashed, and handed on."""
 
@@ -226,7 +179,7 @@ class _Blob:
         self._hash = hashlib.sha256()
         self._size = 0
         self._failed: BaseException | None = None
-        self.pieces = _Pieces()
+        self.pieces = Pieces()
         self._thread = threading.Thread(target=self._run, name="ingest-blob", daemon=True)
 
     def __enter__(self) -> Self:
@@ -256,7 +209,7 @@ class _Blob:
         failure: BaseException | None = None
         try:
             self._bring()
-        except _StoppedError:
+        except StoppedError:
             pass
         except BaseException as error:
             failure = error
@@ -302,9 +255,10 @@ class _Blob:
 class _Plain:
     """Decompresses in a thread: hashed, and handed on."""
 
-    def __init__(self, blob: _Blob) -> None:
+    def __init__(self, blob: _Blob, check: Callable[[], None]) -> None:
         self._blob = blob
-        self._pieces = _Pieces()
+        self._check = check
+        self._pieces = Pieces()
         self._known = threading.Event()
         self._compression = Compression.NONE
         self._points: list[Checkpoint] = []
@@ -332,12 +286,12 @@ class _Plain:
 
     def read(self, n: int, /) -> bytes:
         """The tar stream."""
-        return self._pieces.read(n)
+        return self._pieces.read(n, self._check)
 
     def drain(self) -> None:
         """Let the rest of the blob come by; nothing of it matters any more."""
         with contextlib.suppress(ContentError):
-            while self.read(_PIECE_BYTES):
+            while self._pieces.read(_PIECE_BYTES):
                 pass
 
     def points(self) -> list[Checkpoint]:
@@ -358,7 +312,7 @@ class _Plain:
                 if self.size > limits.LAYER_BYTES:
                     raise LimitExceeded("the layer's tar stream is too long")
                 self._pieces.put(data)
-        except _StoppedError:
+        except StoppedError:
             pass
         except BaseException as error:
             failure = error
@@ -397,7 +351,6 @@ class _Archive:
         self,
         plain: _Plain,
         objects: ObjectStore,
-        check: Callable[[], None],
         made: bytearray,
         ahead: Callable[[], bool],
     ) -> None:
@@ -405,21 +358,30 @@ class _Archive:
         self._ahead = ahead
         self._plain = plain
         self._objects = objects
-        self._check = check
         self._point = 0
-        self.reader = TarReader(plain)
+        self._reader = TarReader(plain)
 
-    def read_file(self, entry: TarEntry) -> FileRead:
+    def entries(self) -> Generator[TocEntry]:
+        """What is in the archive; to be closed by who does not take all of it."""
+        with SMALL_FILES.taken():
+            yield from tar_entries(self._reader, self._read_file)
+
+    def _read_file(self, entry: TarEntry) -> FileRead:
         """Read and store the payload of the entry at hand."""
-        self._check()
-        if entry.size > _CHUNK_BYTES:
-            return self._read_large(entry)
-        data = self.reader.read(entry.size)
+        if entry.size < limits.LARGE_FILE_BYTES:
+            return self._read_at_once(entry)
+        with SMALL_FILES.left():
+            if entry.size <= _CHUNK_BYTES:
+                return self._read_at_once(entry)
+            return self._read_in_pieces(entry)
+
+    def _read_at_once(self, entry: TarEntry) -> FileRead:
+        data = self._reader.read(entry.size)
         if len(data) < entry.size:
             pieces = [data]
             missing = entry.size - len(data)
             while missing:
-                pieces.append(self.reader.read(missing))
+                pieces.append(self._reader.read(missing))
                 missing -= len(pieces[-1])
             data = b"".join(pieces)
         digest = hashlib.sha256(data).digest()
@@ -427,15 +389,14 @@ class _Archive:
             self._made += digest
         return FileRead(digest, self._cut(entry.payload_offset, data, digest))
 
-    def _read_large(self, entry: TarEntry) -> FileRead:
+    def _read_in_pieces(self, entry: TarEntry) -> FileRead:
         running = hashlib.sha256()
         pieces: list[Piece] = []
         offset = entry.payload_offset
         with self._objects.writer(ahead=self._ahead()) as writer:
             left = entry.size
             while left:
-                self._check()
-                data = self.reader.read(min(_CHUNK_BYTES, left))
+                data = self._reader.read(min(_CHUNK_BYTES, left))
                 left -= len(data)
                 running.update(data)
                 writer.write(data)

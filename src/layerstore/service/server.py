@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
+from layerstore import limits
 from layerstore.errors import LayerstoreError, ServiceError, StorageError, exit_status
 from layerstore.service import config as configuration
 from layerstore.service import held, messages
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--debug", action="store_true")
     given = parser.parse_args()
+    gc.set_threshold(limits.GARBAGE_OBJECTS)
     _die_with(given.keeper)
     link = socket.socket(fileno=LINK_FD)
     link.set_inheritable(False)

@@ -90,7 +90,8 @@ def complete_content(content) -> None:
 
 
 def files_below(path: Path) -> list[Path]:
-    return [one for one in path.rglob("*") if one.is_file() and one.name != "boot"]
+    aside = ("boot", "underway")
+    return [one for one in path.rglob("*") if one.is_file() and one.name not in aside]
 
 
 FILES = [os.urandom(700), os.urandom(5300), b"small", os.urandom(12_000), b""]

@@ -239,3 +239,30 @@ def test_an_interrupt_leaves_nothing(place: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(place, BLOB, progress=interrupt)
     assert list(place.iterdir()) == []
+
+
+def test_a_layer_that_waits_for_its_source_holds_up_no_other(tmp_path: Path) -> None:
+    """Those who make files take turns, but not while they wait."""
+
+    class Waiting(io.BytesIO):
+        asked, go_on = threading.Event(), threading.Event()
+
+        def read(self, n: int | None = -1, /) -> bytes:
+            if self.tell() >= 2048:
+                self.asked.set()
+                assert self.go_on.wait(20)
+            return super().read(min(n or 512, 512))
+
+    places = [tmp_path / "slow", tmp_path / "fast"]
+    for path in places:
+        path.mkdir()
+    staged: list[StagedLayer] = []
+    slow = Waiting(TAR)
+    thread = threading.Thread(target=lambda: staged.append(run(places[0], slow)))
+    thread.start()
+    assert Waiting.asked.wait(20)
+    fast = run(places[1], TAR)
+    assert thread.is_alive()
+    Waiting.go_on.set()
+    thread.join()
+    assert [layer.diff_id for layer in staged] == [fast.diff_id]

@@ -419,3 +419,24 @@ def test_random_archives(ingest: Ingest, scheduler: Scheduler):
         reader = Reader(ingest, blob, scheduler)
         for name, data in files.items():
             assert reader.read(name) == data
+
+
+def test_a_layer_that_must_wait_holds_up_no_other(tmp_path: Path) -> None:
+    """Those who make objects take turns, but not while they wait for bytes or give way."""
+    waits, go_on = threading.Event(), threading.Event()
+
+    def check() -> None:
+        if threading.current_thread() is thread:
+            waits.set()
+            assert go_on.wait(20)
+
+    slow, fast = Ingest(tmp_path / "slow"), Ingest(tmp_path / "fast")
+    layers: list[IngestedLayer] = []
+    thread = threading.Thread(target=lambda: layers.append(slow(PLAIN, check=check)))
+    thread.start()
+    assert waits.wait(20)
+    layers.append(fast(PLAIN))
+    assert thread.is_alive()
+    go_on.set()
+    thread.join()
+    assert len({layer.diff_id for layer in layers}) == 1
