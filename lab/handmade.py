@@ -12,7 +12,8 @@ from lab.tars import Member
 from layerstore.graphroot.identity import image_id, layer_id
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.layers import Layer
-from layerstore.graphroot.stage import StagedLayer, stage_layer
+from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.staged import StagedLayer
 from layerstore.graphroot.staging import Staging
 from layerstore.graphroot.store import Store
 from layerstore.image import Digest, media_types

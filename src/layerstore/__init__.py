@@ -14,8 +14,9 @@ The storage that Podman, Buildah, Skopeo and CRI-O share, as Python objects::
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from layerstore import lazy
 
 if TYPE_CHECKING:
     from layerstore.copy.context import CopyContext
@@ -86,14 +87,7 @@ _HOMES: Final = {
     "pull": "copy.pull",
     "push": "copy.push",
 }
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
-    return found
+__getattr__ = lazy.attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -19,8 +19,9 @@ from lab.podman import FLAVOURS, PodmanEnv
 from lab.tars import Member
 from lab.torture import IMPLICIT_DIRECTORIES, torture_image
 from layerstore.graphroot.export import export_diff
-from layerstore.graphroot.extract import WhiteoutStyle
-from layerstore.graphroot.stage import StagedLayer, stage_layer
+from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.staged import StagedLayer
+from layerstore.graphroot.whiteouts import WhiteoutStyle
 from layerstore.image import Digest
 
 pytestmark = pytest.mark.compat

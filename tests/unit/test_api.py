@@ -47,7 +47,8 @@ def test_other_names_are_errors() -> None:
 
 def test_importing_the_package_loads_nothing_else() -> None:
     modules = loaded_after("import layerstore")
-    assert {name for name in modules if name.startswith("layerstore")} == {"layerstore"}
+    found = {name for name in modules if name.startswith("layerstore")}
+    assert found == {"layerstore", "layerstore.lazy"}
     assert "msgspec" not in modules
 
 
@@ -64,6 +65,13 @@ def test_a_verb_loads_what_it_needs() -> None:
     modules = loaded_after("import layerstore.cli.images")
     assert "layerstore.graphroot" in modules
     assert not modules & {"layerstore.copy", "layerstore.fuse", "layerstore.service", "urllib3"}
+    modules = loaded_after("import layerstore.cli.pull")  # a lazy pull is over before it needs them
+    assert "layerstore.registry" in modules
+    assert not modules & {
+        *(f"layerstore.copy.{name}" for name in ("dockerarchive", "ocilayout", "gpg", "signedby")),
+        *(f"layerstore.graphroot.{name}" for name in ("stage", "extract", "export", "deletion")),
+        *("layerstore.formats.tarstream", "tarfile", "rich.progress"),
+    }
 
 
 def test_the_keeper_stays_small_and_the_server_has_all() -> None:

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "layerstore"
 
 # From the ground up. A room imports itself and rooms on lower floors.
 FLOORS = (
-    ("errors", "limits", "turns"),
+    ("errors", "lazy", "limits", "turns"),
     ("image",),
     ("formats",),
     ("registry",),

@@ -26,7 +26,6 @@ from layerstore.copy.pull import PullOptions, When, registry_host
 from layerstore.copy.pull import pull as pull_image
 from layerstore.copy.storage_destination import PullResult
 from layerstore.errors import LayerstoreError, UsageError
-from layerstore.graphroot import deletion
 from layerstore.graphroot.published import Published, client_roots
 from layerstore.image import Platform
 
@@ -96,7 +95,10 @@ def pull(
             reports.append(_report(text, result))
         else:
             print(result.image_id, flush=True)
-    deletion.retire(store)
+    if store.published is not None:
+        from layerstore.graphroot import deletion  # noqa: PLC0415
+
+        deletion.retire(store)
     if json:
         print_json(reports)
     finish(errors)

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Final, Self
 
 from layerstore import limits
-from layerstore.copy.lookaside import Lookaside
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
 from layerstore.errors import NetworkError, RegistryError
 from layerstore.formats import Compression
@@ -77,6 +76,8 @@ class RegistryImage(ImageSource, ImageDestination):
 
     def signatures(self, digest: Digest) -> tuple[bytes, ...]:
         """What lies where registries.d says; raises ``ConfigError`` and errors of reading."""
+        from layerstore.copy.lookaside import Lookaside  # noqa: PLC0415
+
         place = self._client.served_by(self.reference)
         physical = replace(self.reference, domain=place.host, path=place.path)
         settings = self._client.settings

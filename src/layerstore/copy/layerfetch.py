@@ -24,7 +24,7 @@ from layerstore.copy.transport import BlobStream, ImageSource
 from layerstore.errors import ContentError, LayerstoreError, NetworkError, StorageError
 from layerstore.formats import Compression
 from layerstore.graphroot.layers import Layer
-from layerstore.graphroot.stage import StagedLayer, stage_layer
+from layerstore.graphroot.staged import StagedLayer
 from layerstore.graphroot.staging import Staging, StagingLost
 from layerstore.graphroot.store import Store
 
@@ -125,6 +125,9 @@ class LayerFetcher:
     def _stage(
         self, stream: _Stoppable, wanted: WantedLayer, item: PullItem, *, is_blob: bool
     ) -> StagedLayer:
+        # a pull whose layers are all there needs none of it
+        from layerstore.graphroot.stage import stage_layer  # noqa: PLC0415
+
         blob = wanted.descriptor
         with stream, self._stoppable(stream):
             staging = self._staging[-1]

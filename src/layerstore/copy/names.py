@@ -1,4 +1,7 @@
-"""Names of images with their transports: ``TRANSPORT:REST``, as in containers-transports(5)."""
+"""Names of images with their transports: ``TRANSPORT:REST``, as in containers-transports(5).
+
+A transport is loaded when it is used: a pull from a registry needs no archives.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from layerstore.copy import dockerarchive, ocilayout
 from layerstore.copy.context import CopyContext
-from layerstore.copy.dirlayout import DirDestination, DirSource
 from layerstore.copy.docker import RegistryImage
-from layerstore.copy.ociarchive import OciArchiveDestination, OciArchiveSource
 from layerstore.copy.storage_source import StorageSource
 from layerstore.copy.transport import ImageDestination, ImageSource
 from layerstore.errors import UsageError
@@ -65,11 +65,18 @@ def open_source(name: str | ImageName, ctx: CopyContext) -> ImageSource:
                 reference = reference.with_digest(reference.digest)  # the digest says all
             return RegistryImage(_client(ctx.source_registry), reference, owned=True)
         case "oci":
+            from layerstore.copy import ocilayout  # noqa: PLC0415
+
             return ocilayout.OciLayout(*ocilayout.parse_name(name.rest))
         case "oci-archive":
+            from layerstore.copy import ocilayout  # noqa: PLC0415
+            from layerstore.copy.ociarchive import OciArchiveSource  # noqa: PLC0415
+
             path, tag = ocilayout.parse_name(name.rest, name.transport)
             return OciArchiveSource(path, tag, scratch=ctx.scratch)
         case "docker-archive":
+            from layerstore.copy import dockerarchive  # noqa: PLC0415
+
             path, which = dockerarchive.parse_name(name.rest)
             archive = dockerarchive.DockerArchive(path, scratch=ctx.scratch)
             try:
@@ -78,6 +85,8 @@ def open_source(name: str | ImageName, ctx: CopyContext) -> ImageSource:
                 archive.close()
                 raise
         case "dir":
+            from layerstore.copy.dirlayout import DirSource  # noqa: PLC0415
+
             return DirSource(Path(name.rest))
         case _:
             return StorageSource(*open_storage(name.rest, ctx, read_only=True))
@@ -107,19 +116,28 @@ def open_destination(
                 untagged=text != name.rest,
             )
         case "oci":
+            from layerstore.copy import ocilayout  # noqa: PLC0415
+
             path, tag = ocilayout.parse_name(name.rest)
             ocilayout.require_tag(tag)
             return ocilayout.OciLayout(path, tag)
         case "oci-archive":
+            from layerstore.copy import ocilayout  # noqa: PLC0415
+            from layerstore.copy.ociarchive import OciArchiveDestination  # noqa: PLC0415
+
             path, tag = ocilayout.parse_name(name.rest, name.transport)
             ocilayout.require_tag(tag)
             return OciArchiveDestination(path, tag, scratch=ctx.scratch)
         case "docker-archive":
+            from layerstore.copy import dockerarchive  # noqa: PLC0415
+
             path, which = dockerarchive.parse_name(name.rest)
             names = [dockerarchive.archive_tag(which)] if which else []
             archive = dockerarchive.DockerArchiveWriter(path, scratch=ctx.scratch)
             return dockerarchive.DockerArchiveDestination(archive, [*names, *tags], owned=True)
         case "dir":
+            from layerstore.copy.dirlayout import DirDestination  # noqa: PLC0415
+
             return DirDestination(Path(name.rest))
         case _:
             raise UsageError("images come into a storage by being pulled", subject=str(name))

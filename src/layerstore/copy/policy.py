@@ -14,121 +14,29 @@ OpenPGP) is refused when an image depends on it, never passed over.
 
 from __future__ import annotations
 
-import base64
-import binascii
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from layerstore import limits
-from layerstore.copy import gpg, strictjson
-from layerstore.copy.signedidentity import (
-    MatchRepoDigestOrExact,
-    SignedIdentity,
-    parse_signed_identity,
+from layerstore.copy import strictjson
+from layerstore.copy.requirement import (
+    AcceptAnything,
+    Reject,
+    Requirement,
+    Unchecked,
+    Unsupported,
 )
-from layerstore.copy.simplesigning import parse_claim
 from layerstore.copy.strictjson import NotStrict
 from layerstore.errors import ConfigError, PolicyRejected
 from layerstore.image import Reference
 
-_KEY_TYPES: Final = ("GPGKeys", "signedByGPGKeys", "X509Certificates", "signedByX509CAs")
 _SIGSTORE_KEYS: Final = (
     *("keyPath", "keyPaths", "keyData", "keyDatas", "fulcio", "pki", "signedIdentity"),
     *("rekorPublicKeyPath", "rekorPublicKeyPaths", "rekorPublicKeyData", "rekorPublicKeyDatas"),
 )
 _PATH_TRANSPORTS: Final = ("dir", "oci", "oci-archive")
-
-
-@dataclass(frozen=True, slots=True)
-class Unchecked:
-    """An image before it is believed: its logical name, its manifest, its signatures."""
-
-    reference: Reference | None
-    manifest: bytes
-    signatures: Sequence[bytes]
-
-
-class Requirement(ABC):
-    """One entry of a list of requirements."""
-
-    needs_signatures = False
-
-    @abstractmethod
-    def check(self, image: Unchecked) -> None:
-        """Raise ``PolicyRejected`` unless the image meets it."""
-
-
-class AcceptAnything(Requirement):
-    """``insecureAcceptAnything``."""
-
-    def check(self, image: Unchecked) -> None:
-        """Everything will do."""
-
-
-class Reject(Requirement):
-    """``reject``."""
-
-    def check(self, image: Unchecked) -> None:
-        """Nothing will do."""
-        raise PolicyRejected("the policy rejects it")
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported(Requirement):
-    """What a policy may demand and we cannot check."""
-
-    what: str
-
-    def check(self, image: Unchecked) -> None:
-        """Nothing will do."""
-        raise PolicyRejected(
-            f"the policy demands {self.what}, which is not supported here",
-            advice="copy it with skopeo or podman, which can check it",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SignedBy(Requirement):
-    """``signedBy`` with OpenPGP keys: one good signature is enough."""
-
-    key_paths: tuple[Path, ...]
-    key_data: bytes | None
-    identity: SignedIdentity
-
-    needs_signatures = True
-
-    def check(self, image: Unchecked) -> None:
-        """See ``Requirement``."""
-        if not image.signatures:
-            raise PolicyRejected("a signature was required, but no signature exists")
-        keys = [self.key_data] if self.key_data is not None else list(map(_key, self.key_paths))
-        reasons: list[str] = []
-        for signature in image.signatures[: limits.SIGNATURES]:
-            try:
-                self._check_one(signature, keys, image)
-            except PolicyRejected as error:
-                if error.advice:
-                    raise
-                reasons.append(error.what)
-            else:
-                return
-        if len(reasons) == 1:
-            raise PolicyRejected(reasons[0])
-        raise PolicyRejected(f"none of the signatures was accepted: {'; '.join(reasons)}")
-
-    def _check_one(self, signature: bytes, keys: Sequence[bytes], image: Unchecked) -> None:
-        payload = gpg.verified_payload(signature, keys)
-        try:
-            claim = parse_claim(payload)
-        except NotStrict as error:
-            raise PolicyRejected(f"the signature is malformed: {error}") from error
-        if not claim.covers(image.manifest):
-            raise PolicyRejected(f"the signature is for another manifest, {claim.manifest}")
-        if not self.identity.accepts(image.reference, claim.reference):
-            raise PolicyRejected(f"the signature is for another name, {claim.reference!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +226,9 @@ def _requirement(value: Any) -> Requirement:
             strictjson.members(value, kind, ("type",))
             return Reject()
         case "signedBy":
-            return _signed_by(value)
+            from layerstore.copy.signedby import signed_by  # noqa: PLC0415 - few policies have it
+
+            return signed_by(value)
         case "sigstoreSigned":
             strictjson.members(value, kind, ("type",), _SIGSTORE_KEYS)
             return Unsupported("a sigstore signature (sigstoreSigned)")
@@ -326,59 +236,3 @@ def _requirement(value: Any) -> Requirement:
             strictjson.members(value, kind, ("type", "baseLayerIdentity"))
             return Unsupported("a signed base layer (signedBaseLayer)")
     raise NotStrict(f"the requirement type {kind!r} is not known")
-
-
-def _signed_by(value: Any) -> Requirement:
-    members = strictjson.members(
-        value,
-        "signedBy",
-        ("type", "keyType"),
-        ("keyPath", "keyPaths", "keyData", "signedIdentity"),
-    )
-    if members["keyType"] not in _KEY_TYPES:
-        raise NotStrict(f"signedBy: the keyType {members['keyType']!r} is not known")
-    given = [key for key in ("keyPath", "keyPaths", "keyData") if key in members]
-    if len(given) != 1:
-        raise NotStrict("signedBy needs exactly one of keyPath, keyPaths and keyData")
-    identity: SignedIdentity = MatchRepoDigestOrExact()
-    if "signedIdentity" in members:
-        identity = parse_signed_identity(members["signedIdentity"])
-    paths: tuple[Path, ...] = ()
-    data: bytes | None = None
-    match given[0]:
-        case "keyPath":
-            paths = (_path(members["keyPath"]),)
-        case "keyPaths":
-            if not isinstance(members["keyPaths"], list) or not members["keyPaths"]:
-                raise NotStrict("signedBy: keyPaths is no list with at least one path")
-            paths = tuple(map(_path, members["keyPaths"]))
-        case _:
-            data = _base64(members["keyData"])
-    if members["keyType"] != "GPGKeys":
-        return Unsupported(f"signatures by {members['keyType']}")
-    return SignedBy(paths, data, identity)
-
-
-def _path(value: Any) -> Path:
-    text = strictjson.text(value, "signedBy: a key path")
-    if not text:
-        raise NotStrict("signedBy: a key path is empty")
-    return Path(text)
-
-
-def _base64(value: Any) -> bytes:
-    try:
-        return base64.b64decode(strictjson.text(value, "signedBy: keyData"), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise NotStrict("signedBy: keyData is not base64") from error
-
-
-def _key(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(limits.POLICY_BYTES)
-    except OSError as error:
-        raise PolicyRejected(
-            f"the policy's key {path} cannot be read: {error.strerror}",
-            advice="put the key there or correct policy.json",
-        ) from error

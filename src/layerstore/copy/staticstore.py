@@ -46,10 +46,11 @@ from layerstore.errors import StorageError, UsageError, VerificationError
 from layerstore.formats import Compression, LayerStream, TarReader
 from layerstore.formats.tarstream import DIRECTORY, TarEntry
 from layerstore.graphroot.atomic import sync_directory, write_file
-from layerstore.graphroot.extract import WhiteoutStyle, in_user_namespace
 from layerstore.graphroot.removal import remove_tree
-from layerstore.graphroot.stage import DIFF, TAR_SPLIT, stage_layer
+from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.staged import DIFF, TAR_SPLIT
 from layerstore.graphroot.treecheck import OPAQUE, OpenTree
+from layerstore.graphroot.whiteouts import WhiteoutStyle, in_user_namespace
 from layerstore.image import Descriptor, Digest, Reference
 
 OWN: Final = ".layerstore"

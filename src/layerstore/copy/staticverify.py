@@ -29,7 +29,8 @@ from layerstore.copy.statictoc import check_toc
 from layerstore.errors import ContentError, LayerstoreError, StorageError
 from layerstore.formats import Compression
 from layerstore.graphroot.removal import remove_tree
-from layerstore.graphroot.stage import DIFF, stage_layer
+from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.staged import DIFF
 from layerstore.graphroot.treecheck import tree_differences
 from layerstore.image import Digest
 

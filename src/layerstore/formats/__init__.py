@@ -1,32 +1,32 @@
 """How a layer's bytes are laid out: footers, TOCs, gzip members, tar streams.
 
-The writers are loaded when they are first asked for: only conversions need them.
+What is named here is loaded when it is first asked for: few programs need all of it.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from layerstore.formats.compression import Compression, LayerStream
-from layerstore.formats.estargz import (
-    NO_PREFETCH_LANDMARK,
-    PREFETCH_LANDMARK,
-    TOC_NAME,
-    read_toc,
-)
-from layerstore.formats.footer import FOOTER_BYTES, Footer, build_footer, parse_footer
-from layerstore.formats.gzipmember import decompress_member
-from layerstore.formats.tarstream import TarEntry, TarReader
-from layerstore.formats.toc import TocEntry, iter_toc
+from layerstore import lazy
 
 if TYPE_CHECKING:
+    from layerstore.formats.compression import Compression, LayerStream
+    from layerstore.formats.estargz import (
+        NO_PREFETCH_LANDMARK,
+        PREFETCH_LANDMARK,
+        TOC_NAME,
+        read_toc,
+    )
     from layerstore.formats.estargz_writer import (
         EstargzOptions,
         EstargzResult,
         write_estargz,
         write_estargz_external,
     )
+    from layerstore.formats.footer import FOOTER_BYTES, Footer, build_footer, parse_footer
+    from layerstore.formats.gzipmember import decompress_member
+    from layerstore.formats.tarstream import TarEntry, TarReader
+    from layerstore.formats.toc import TocEntry, iter_toc
     from layerstore.formats.zstdchunked_writer import (
         ZstdChunkedOptions,
         ZstdChunkedResult,
@@ -58,22 +58,28 @@ __all__ = [
     "write_zstd_chunked",
 ]
 
-_ESTARGZ: Final = "estargz_writer"
-_ZSTD: Final = "zstdchunked_writer"
 _HOMES: Final = {
-    "EstargzOptions": _ESTARGZ,
-    "EstargzResult": _ESTARGZ,
-    "write_estargz": _ESTARGZ,
-    "write_estargz_external": _ESTARGZ,
-    "ZstdChunkedOptions": _ZSTD,
-    "ZstdChunkedResult": _ZSTD,
-    "write_zstd_chunked": _ZSTD,
+    "Compression": "compression",
+    "EstargzOptions": "estargz_writer",
+    "EstargzResult": "estargz_writer",
+    "FOOTER_BYTES": "footer",
+    "Footer": "footer",
+    "LayerStream": "compression",
+    "NO_PREFETCH_LANDMARK": "estargz",
+    "PREFETCH_LANDMARK": "estargz",
+    "TOC_NAME": "estargz",
+    "TarEntry": "tarstream",
+    "TarReader": "tarstream",
+    "TocEntry": "toc",
+    "ZstdChunkedOptions": "zstdchunked_writer",
+    "ZstdChunkedResult": "zstdchunked_writer",
+    "build_footer": "footer",
+    "decompress_member": "gzipmember",
+    "iter_toc": "toc",
+    "parse_footer": "footer",
+    "read_toc": "estargz",
+    "write_estargz": "estargz_writer",
+    "write_estargz_external": "estargz_writer",
+    "write_zstd_chunked": "zstdchunked_writer",
 }
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
-    return found
+__getattr__ = lazy.attributes(__name__, _HOMES)

@@ -23,12 +23,13 @@ from typing import Final
 from layerstore.errors import CorruptStorage, LayerstoreError, UsageError
 from layerstore.graphroot import atomic, bigdata
 from layerstore.graphroot.contents import content_problem
-from layerstore.graphroot.extract import ExtractOptions, in_user_namespace
+from layerstore.graphroot.extract import ExtractOptions
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.mountpoints import MountPoints
 from layerstore.graphroot.overlay import additional_layer_of
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
 from layerstore.graphroot.store import Store
+from layerstore.graphroot.whiteouts import in_user_namespace
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _TAR_SPLIT: Final = ".tar-split.gz"

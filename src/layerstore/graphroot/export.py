@@ -24,9 +24,9 @@ from layerstore.errors import StorageError, UnsupportedFormat
 from layerstore.formats import tarstream
 from layerstore.formats.tarheader import tar_header
 from layerstore.graphroot.beneath import Beneath, clean, through
-from layerstore.graphroot.extract import OPAQUE_MARKER, WHITEOUT_PREFIX
 from layerstore.graphroot.lowertree import LowerTrees, is_opaque, is_whiteout
 from layerstore.graphroot.tarsplit import assemble
+from layerstore.graphroot.whiteouts import OPAQUE_MARKER, WHITEOUT_PREFIX
 
 _PIECE: Final = limits.MIB
 _SECOND: Final = 10**9

@@ -24,7 +24,6 @@ descriptors of directories are kept, and no system call is made whose effect is 
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import os
 import stat
@@ -41,9 +40,7 @@ from layerstore.formats.compression import Readable
 from layerstore.formats.tarstream import TarEntry, TarReader
 from layerstore.graphroot.beneath import Beneath, clean, open_directory, through
 from layerstore.graphroot.removal import remove_tree
-
-WHITEOUT_PREFIX: Final = b".wh."
-OPAQUE_MARKER: Final = b".wh..wh..opq"
+from layerstore.graphroot.whiteouts import OPAQUE_MARKER, WHITEOUT_PREFIX, WhiteoutStyle
 
 _PIECE: Final = limits.MIB
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -54,7 +51,6 @@ _IGNORED_XATTRS: Final = frozenset((b"security.selinux",))
 # How the mounts read a layer is not the archive's to say: redirects, opacity, owners.
 _OVERLAYS_OWN: Final = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
-_ALL_IDS: Final = ["0", "0", "4294967295"]
 _NODES: Final = {
     tarstream.CHARACTER: stat.S_IFCHR,
     tarstream.BLOCK_DEVICE: stat.S_IFBLK,
@@ -70,14 +66,6 @@ _ARCHIVES_FAULT: Final = frozenset(
 )
 
 
-class WhiteoutStyle(enum.Enum):
-    """How a deletion is written down in ``diff``."""
-
-    OVERLAY = "overlay"  # character device 0:0, trusted.overlay.opaque
-    USERXATTR = "userxattr"  # the same with user.overlay.opaque: rootless
-    AUFS = "aufs"  # the names of the archive: .wh.NAME, for fuse-overlayfs
-
-
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
     """How to extract; ``ignore_chown_errors`` is Podman's option of the same name."""
@@ -85,15 +73,6 @@ class ExtractOptions:
     whiteouts: WhiteoutStyle = WhiteoutStyle.OVERLAY
     ignore_chown_errors: bool = False
     in_user_namespace: bool = False
-
-
-def in_user_namespace() -> bool:
-    """Say whether this process runs in a user namespace other than the machine's first."""
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return file.read().split() != _ALL_IDS
-    except OSError:
-        return False
 
 
 def apply_tar(stream: Readable, root: Path, options: ExtractOptions | None = None) -> Extractor:

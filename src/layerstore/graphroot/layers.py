@@ -26,7 +26,6 @@ from layerstore import limits
 from layerstore.errors import CorruptStorage, StorageError, UnknownObject
 from layerstore.formats import LayerStream
 from layerstore.graphroot import als, atomic
-from layerstore.graphroot.export import export_diff
 from layerstore.graphroot.mountpoints import unmount_for_removal
 from layerstore.graphroot.overlay import (
     Overlay,
@@ -365,6 +364,8 @@ class Layer:
         """
         additional = self.additional_layer
         if additional is None:
+            from layerstore.graphroot.export import export_diff  # noqa: PLC0415
+
             yield from export_diff(self.diff_path, self.lower_dirs, self.area.tar_split(self.id))
             return
         with als.open_blob(additional) as (stream, _):

@@ -18,7 +18,8 @@ from layerstore.errors import UnknownObject
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.overlay import has_additional_layer
 from layerstore.graphroot.records import EXPECTED_DIFF_ID, LayerRecord
-from layerstore.graphroot.stage import DIFF, TAR_SPLIT, StagedLayer, stage_layer
+from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.staged import DIFF, TAR_SPLIT, StagedLayer
 from layerstore.graphroot.store import COMPRESSION_NUMBERS, Store
 
 

@@ -28,7 +28,6 @@ from typing import Final
 from layerstore.errors import MountError, StorageError, UnknownObject
 from layerstore.graphroot import atomic, overlaymount
 from layerstore.graphroot.containers import Container
-from layerstore.graphroot.extract import in_user_namespace
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.layers import LayerArea
 from layerstore.graphroot.lockfile import LockFile, writing_both
@@ -38,6 +37,7 @@ from layerstore.graphroot.overlaymount import OverlayMount
 from layerstore.graphroot.records import LayerRecord
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.store import Store
+from layerstore.graphroot.whiteouts import in_user_namespace
 
 _log = logging.getLogger(__name__)
 _METACOPY: Final = "metacopy=on"

@@ -15,7 +15,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -23,44 +22,16 @@ from layerstore import limits
 from layerstore.errors import LimitExceeded, StorageError, VerificationError
 from layerstore.formats.compression import Compression, LayerStream, Readable
 from layerstore.formats.tarstream import TarReader
-from layerstore.graphroot.extract import (
-    ExtractOptions,
-    Extractor,
-    WhiteoutStyle,
-    in_user_namespace,
-)
+from layerstore.graphroot.extract import ExtractOptions, Extractor
 from layerstore.graphroot.removal import remove_tree
+from layerstore.graphroot.staged import DIFF, TAR_SPLIT, StagedLayer
 from layerstore.graphroot.tarsplit import TarSplitWriter, crc64
+from layerstore.graphroot.whiteouts import WhiteoutStyle, in_user_namespace
 from layerstore.image import Digest
 from layerstore.turns import SMALL_FILES
 
-DIFF: Final = "diff"
-TAR_SPLIT: Final = "tar-split.gz"
-
 _PIECE: Final = limits.STAGE_PIECE_BYTES
 _POLL_SECONDS: Final = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class StagedLayer:
-    """One extracted, verified, not yet committed layer.
-
-    ``directory`` holds ``diff/`` and ``tar-split.gz``.  ``diff_id`` and ``diff_size`` are those
-    of the tar stream, ``blob_digest`` and ``blob_size`` those of the blob as it came; all are
-    computed.  ``uids`` and ``gids`` are sorted and leave whiteouts out.  ``root_entry`` says
-    that the archive itself gave the root directory owner, mode and time; otherwise ``diff`` has
-    those of its making (0755, ours), and the one who commits gives it the parent's.
-    """
-
-    directory: Path
-    diff_id: Digest
-    diff_size: int
-    blob_digest: Digest
-    blob_size: int
-    compression: Compression
-    uids: tuple[int, ...]
-    gids: tuple[int, ...]
-    root_entry: bool
 
 
 def stage_layer(

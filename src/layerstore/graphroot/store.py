@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from layerstore.errors import (
     ConfigError,
@@ -23,10 +23,8 @@ from layerstore.errors import (
     UnknownObject,
 )
 from layerstore.formats import Compression
-from layerstore.graphroot import als, atomic, bigdata, deletion
+from layerstore.graphroot import als, atomic, bigdata
 from layerstore.graphroot.containers import Container, ContainerArea
-from layerstore.graphroot.deletion import Removed
-from layerstore.graphroot.extract import WhiteoutStyle, in_user_namespace
 from layerstore.graphroot.images import (
     NO_SIGNATURES,
     Image,
@@ -50,10 +48,14 @@ from layerstore.graphroot.records import (
     LayerRecord,
     now,
 )
-from layerstore.graphroot.stage import DIFF, TAR_SPLIT, StagedLayer
+from layerstore.graphroot.staged import DIFF, TAR_SPLIT, StagedLayer
 from layerstore.graphroot.staging import Staging, TempDirectory, remove_stale
 from layerstore.graphroot.storageconf import StorageConfig
+from layerstore.graphroot.whiteouts import WhiteoutStyle, in_user_namespace
 from layerstore.image import Digest
+
+if TYPE_CHECKING:
+    from layerstore.graphroot.deletion import Removed
 
 COMPRESSION_NUMBERS: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
 
@@ -291,6 +293,8 @@ class Store:
         self._want_writable()
         if self.published is not None and layer_id in self.published.needed(self.layer_area):
             raise InUse("a client of this image store needs it", subject=layer_id)
+        from layerstore.graphroot import deletion  # noqa: PLC0415 - pulls delete nothing
+
         deletion.delete_layer(self.layer_area, self.image_area, self.container_area, layer_id)
 
     # -- images ----------------------------------------------------------------
@@ -426,6 +430,8 @@ class Store:
         image, name = resolve(images, name_or_id)
         if image.read_only:
             raise InUse("the image belongs to a read-only store", subject=name_or_id)
+        from layerstore.graphroot import deletion  # noqa: PLC0415
+
         return deletion.remove_with_parents(self, images, image, name, force=force)
 
     def prune(self, *, all_images: bool = False) -> list[Removed]:
@@ -434,6 +440,8 @@ class Store:
         With ``all_images`` names and children do not save them.
         """
         self._want_writable()
+        from layerstore.graphroot import deletion  # noqa: PLC0415
+
         return deletion.prune(self, all_images=all_images)
 
     # -- containers ------------------------------------------------------------

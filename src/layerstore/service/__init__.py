@@ -6,8 +6,9 @@ must stay small.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from layerstore import lazy
 
 if TYPE_CHECKING:
     from layerstore.service.checking import Checker, CheckStatus, checker
@@ -71,11 +72,4 @@ _HOMES: Final = {
     "request": "control",
     "unmount": "unmounting",
 }
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
-    return found
+__getattr__ = lazy.attributes(__name__, _HOMES)

@@ -12,8 +12,9 @@ from lab.images import tar_bytes
 from layerstore.errors import CorruptStorage, StorageError, UnsupportedFormat
 from layerstore.formats.tarstream import TarReader
 from layerstore.graphroot.export import export_diff
-from layerstore.graphroot.extract import WhiteoutStyle, apply_tar
+from layerstore.graphroot.extract import apply_tar
 from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.whiteouts import WhiteoutStyle
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="whiteouts and owners take root")
 

@@ -28,10 +28,10 @@ from layerstore.errors import (
 from layerstore.graphroot.extract import (
     ExtractOptions,
     Extractor,
-    WhiteoutStyle,
     apply_tar,
 )
 from layerstore.graphroot.removal import remove_tree
+from layerstore.graphroot.whiteouts import WhiteoutStyle
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices take root")
 

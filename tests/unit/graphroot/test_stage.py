@@ -27,8 +27,9 @@ from layerstore.formats import Compression
 from layerstore.formats.compression import Readable
 from layerstore.formats.tarstream import BLOCK
 from layerstore.graphroot.export import export_diff
-from layerstore.graphroot.extract import WhiteoutStyle
-from layerstore.graphroot.stage import StagedLayer, stage_layer
+from layerstore.graphroot.stage import stage_layer
+from layerstore.graphroot.staged import StagedLayer
+from layerstore.graphroot.whiteouts import WhiteoutStyle
 from layerstore.image import Digest
 
 if sys.version_info >= (3, 14):

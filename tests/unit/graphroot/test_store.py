@@ -23,7 +23,6 @@ from layerstore.errors import (
     VerificationError,
 )
 from layerstore.graphroot import als
-from layerstore.graphroot.extract import WhiteoutStyle
 from layerstore.graphroot.identity import layer_id
 from layerstore.graphroot.layers import Addition
 from layerstore.graphroot.offers import AlsOffer
@@ -34,6 +33,7 @@ from layerstore.graphroot.staging import StagingLost
 from layerstore.graphroot.storageconf import LayerStoreSpec, StorageConfig
 from layerstore.graphroot.store import Store
 from layerstore.graphroot.table import Table
+from layerstore.graphroot.whiteouts import WhiteoutStyle
 from layerstore.image import Digest
 
 BASE, MIDDLE, TOP = ([tars.regular(name, b"x")] for name in (b"b", b"m", b"t"))
