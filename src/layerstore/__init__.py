@@ -87,7 +87,8 @@ _HOMES: Final = {
     "pull": "copy.pull",
     "push": "copy.push",
 }
-__getattr__ = lazy.attributes(__name__, _HOMES)
+if not TYPE_CHECKING:  # else every name would be one to mypy
+    __getattr__ = lazy.attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

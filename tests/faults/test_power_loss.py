@@ -30,10 +30,10 @@ from lab.rig import layer_path
 from lab.simimages import Image, Publisher
 from lab.simregistry import SimRegistry
 from lab.store import LayerstoreService
-from layerstore.content import ledger
+from layerstore.content import DiskRoom, ledger
 from layerstore.errors import ContentError
 from layerstore.image import Digest
-from layerstore.provider import DiskRoom, Layer, Ordinary, Policy, Refusal, Store, View
+from layerstore.provider import Layer, Ordinary, Policy, Refusal, Store, View
 from layerstore.registry import RegistryClient, RegistrySettings
 from layerstore.registry.registriesconf import RegistriesConf
 

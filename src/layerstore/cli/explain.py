@@ -16,7 +16,7 @@ from layerstore import service
 from layerstore.errors import ServiceError, UsageError
 from layerstore.image import Platform, Reference
 from layerstore.provider import ExplainedImage, Verdict
-from layerstore.provider import explain as judge
+from layerstore.provider.explain import explain as judge
 from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT
 
 _WIDTH = 120  # of the table, wherever it goes: a reason that is cut off is none

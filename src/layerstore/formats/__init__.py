@@ -82,4 +82,5 @@ _HOMES: Final = {
     "write_estargz_external": "estargz_writer",
     "write_zstd_chunked": "zstdchunked_writer",
 }
-__getattr__ = lazy.attributes(__name__, _HOMES)
+if not TYPE_CHECKING:  # else every name would be one to mypy
+    __getattr__ = lazy.attributes(__name__, _HOMES)

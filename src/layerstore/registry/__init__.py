@@ -1,17 +1,29 @@
 """HTTP to registries: manifests, blobs, byte ranges, authentication, mirrors."""
 
-from layerstore.registry.body import BlobReader
-from layerstore.registry.client import FetchedManifest, RegistryClient
-from layerstore.registry.credentials import AuthFile, Credential, CredentialSource, CredentialStore
-from layerstore.registry.registriesconf import (
-    Endpoint,
-    Mirror,
-    RegistriesConf,
-    Registry,
-    match_prefix,
-)
-from layerstore.registry.settings import RegistrySettings
-from layerstore.registry.stats import Stats
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from layerstore import lazy
+
+if TYPE_CHECKING:
+    from layerstore.registry.body import BlobReader
+    from layerstore.registry.client import FetchedManifest, RegistryClient
+    from layerstore.registry.credentials import (
+        AuthFile,
+        Credential,
+        CredentialSource,
+        CredentialStore,
+    )
+    from layerstore.registry.registriesconf import (
+        Endpoint,
+        Mirror,
+        RegistriesConf,
+        Registry,
+        match_prefix,
+    )
+    from layerstore.registry.settings import RegistrySettings
+    from layerstore.registry.stats import Stats
 
 __all__ = [
     "AuthFile",
@@ -29,3 +41,22 @@ __all__ = [
     "Stats",
     "match_prefix",
 ]
+
+_HOMES: Final = {
+    "AuthFile": "credentials",
+    "BlobReader": "body",
+    "Credential": "credentials",
+    "CredentialSource": "credentials",
+    "CredentialStore": "credentials",
+    "Endpoint": "registriesconf",
+    "FetchedManifest": "client",
+    "Mirror": "registriesconf",
+    "RegistriesConf": "registriesconf",
+    "Registry": "registriesconf",
+    "RegistryClient": "client",
+    "RegistrySettings": "settings",
+    "Stats": "stats",
+    "match_prefix": "registriesconf",
+}
+if not TYPE_CHECKING:  # else every name would be one to mypy
+    __getattr__ = lazy.attributes(__name__, _HOMES)

@@ -72,4 +72,5 @@ _HOMES: Final = {
     "request": "control",
     "unmount": "unmounting",
 }
-__getattr__ = lazy.attributes(__name__, _HOMES)
+if not TYPE_CHECKING:  # else every name would be one to mypy
+    __getattr__ = lazy.attributes(__name__, _HOMES)

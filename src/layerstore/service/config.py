@@ -14,8 +14,9 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from layerstore import limits
+from layerstore.content import DiskRoom
 from layerstore.errors import ConfigError
-from layerstore.provider import DialectL, DiskRoom, Ordinary, Outage, Policy
+from layerstore.provider import DialectL, Ordinary, Outage, Policy
 from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
 
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 from layerstore.errors import NoServiceError, ServiceError, UnknownObject
-from layerstore.provider import Fetches
 from layerstore.service.config import Config
 from layerstore.service.control import request
-from layerstore.service.opening import open_store
+
+if TYPE_CHECKING:
+    from layerstore.provider import Fetches
 
 _FORGOTTEN: Final = "forgotten"
 
@@ -127,6 +128,8 @@ def fetcher(root: Path, config: Config) -> Iterator[Fetcher]:
     try:
         request(root, "status")
     except NoServiceError:
+        from layerstore.service.opening import open_store  # noqa: PLC0415 - the whole store
+
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open_store(root, config) as store:
             yield _Local(store.fetches)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from layerstore.content import DiskRoom
 from layerstore.errors import StorageError, UnknownObject, UsageError
 from layerstore.image import Platform, Reference
-from layerstore.provider import DiskRoom, Ordinary, Policy, Refusal, View, explain
+from layerstore.provider import Ordinary, Policy, Refusal, View
+from layerstore.provider.explain import explain
 
 FILES = [{"bin/sh": b"shell" * 3000, "etc/a": b"a"}, {"app/main": b"main" * 5000}]
 

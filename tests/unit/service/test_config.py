@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from layerstore.content import DiskRoom
 from layerstore.errors import ConfigError
-from layerstore.provider import DialectL, DiskRoom, Ordinary, Outage, Policy
+from layerstore.provider import DialectL, Ordinary, Outage, Policy
 from layerstore.service import Config, load
 
 
