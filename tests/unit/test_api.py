@@ -72,7 +72,9 @@ def test_a_verb_loads_what_it_needs() -> None:
         *(f"layerstore.graphroot.{name}" for name in ("stage", "extract", "export", "deletion")),
         *("layerstore.formats.tarstream", "tarfile", "rich.progress"),
     }
-    modules = loaded_after("import layerstore.cli.fetch")  # where a service runs, that does the work
+    modules = loaded_after(
+        "import layerstore.cli.fetch"
+    )  # where a service runs, that does the work
     assert "layerstore.service.fetching" in modules
     assert not modules & {"layerstore.provider.store", "layerstore.content.objects", "urllib3"}
 

@@ -8,8 +8,9 @@ then config and layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from layerstore import limits
 from layerstore.copy.reuse import WantedLayer, require_image, wanted_layers
@@ -32,8 +33,7 @@ _NESTING: Final = 4  # indexes inside indexes
 Check = Callable[[FetchedManifest], None]
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenImage:
+class ChosenImage(msgspec.Struct, frozen=True):
     """The image to be had; ``index`` is what its name stands for, if that is not the manifest."""
 
     manifest: FetchedManifest

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
+
+import msgspec
+from msgspec.structs import replace
 
 from layerstore import limits
 from layerstore.copy.docker import RegistryImage
@@ -31,8 +33,7 @@ from layerstore.graphroot.store import Store
 _COMPRESSION: Final = {0: Compression.NONE, 2: Compression.GZIP, 4: Compression.ZSTD}
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedLayer:
+class FetchedLayer(msgspec.Struct, frozen=True):
     """A staged layer, and what was kept of its blob until it is committed."""
 
     staged: StagedLayer

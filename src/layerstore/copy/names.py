@@ -6,9 +6,10 @@ A transport is loaded when it is used: a pull from a registry needs no archives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from layerstore.copy.context import CopyContext
 from layerstore.copy.docker import RegistryImage
@@ -25,8 +26,7 @@ TRANSPORTS: Final = ("docker", "oci", "oci-archive", "docker-archive", "dir", ST
 _UNTAGGED: Final = "@@unknown-digest@@"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageName:
+class ImageName(msgspec.Struct, frozen=True):
     """``rest`` is what follows the transport's colon, for ``docker`` without the slashes."""
 
     transport: str

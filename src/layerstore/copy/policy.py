@@ -15,9 +15,10 @@ OpenPGP) is refused when an image depends on it, never passed over.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
+
+import msgspec
 
 from layerstore import limits
 from layerstore.copy import strictjson
@@ -39,8 +40,7 @@ _SIGSTORE_KEYS: Final = (
 _PATH_TRANSPORTS: Final = ("dir", "oci", "oci-archive")
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True):
     """A whole policy; ``transports`` has lists of requirements by transport and scope."""
 
     default: tuple[Requirement, ...]

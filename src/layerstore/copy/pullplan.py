@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
+from msgspec.structs import replace
 
 from layerstore.copy.chosen import ChosenImage
 from layerstore.copy.intostorage import IntoStorage
@@ -34,8 +36,7 @@ OLD_PODMAN: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """How a layer is to be had: ``layer`` is one in the storage, ``found`` in a layer store."""
 
     wanted: WantedLayer

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from layerstore.errors import PolicyRejected
 from layerstore.image import Reference
 
 
-@dataclass(frozen=True, slots=True)
-class Unchecked:
+class Unchecked(msgspec.Struct, frozen=True):
     """An image before it is believed: its logical name, its manifest, its signatures."""
 
     reference: Reference | None

@@ -26,8 +26,9 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from layerstore.errors import InvalidManifest, UnsupportedFormat
 from layerstore.graphroot.identity import image_id, layer_id, released_image_id
@@ -63,8 +64,7 @@ class How(enum.StrEnum):
     """From the source of the image."""
 
 
-@dataclass(frozen=True, slots=True)
-class WantedLayer:
+class WantedLayer(msgspec.Struct, frozen=True):
     """Layer number ``index``, from 0 at the bottom, of the image that is to be there."""
 
     index: int
@@ -187,8 +187,7 @@ def in_place_by_word(record: LayerRecord, parent: str, wanted: WantedLayer) -> b
 # -- ids of images -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class KnownImage:
+class KnownImage(msgspec.Struct, frozen=True):
     """What there is under an image id: the digests of its manifests, its config, its layer."""
 
     digests: tuple[Digest, ...]
@@ -196,8 +195,7 @@ class KnownImage:
     top_layer: str
 
 
-@dataclass(frozen=True, slots=True)
-class ImageChoice:
+class ImageChoice(msgspec.Struct, frozen=True):
     """The id for an image; ``replace``: a record with that id is there and is this image."""
 
     id: str

@@ -18,7 +18,9 @@ import itertools
 import logging
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from layerstore import limits
 from layerstore.copy import oldtools
@@ -131,8 +133,7 @@ class _Vanished(Exception):
     """Somebody removed a layer that was to be used."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
+class _Done(msgspec.Struct, frozen=True):
     wanted: WantedLayer
     how: How
     layer: Layer

@@ -31,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, Generic, Literal, TypeVar
 
+import msgspec
+
 from layerstore import limits
 from layerstore.errors import StorageError
 from layerstore.graphroot.alsinfo import LayerFacts, parse_info
@@ -235,8 +237,7 @@ class AlsLayer:
         return f"<AlsLayer {self.dialect} {self.path}{' released' if self._released else ''}>"
 
 
-@dataclass(frozen=True, slots=True)
-class Miss:
+class Miss(msgspec.Struct, frozen=True):
     """Why one store did not give one layer."""
 
     path: Path

@@ -8,7 +8,6 @@ there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
@@ -19,8 +18,7 @@ from layerstore.image import Digest
 _EXPECTED_FLAG: Final = "expected-layer-diffid"
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
+class LayerFacts(msgspec.Struct, frozen=True):
     """What ``info`` says of a layer: the store's word, not verified."""
 
     compressed_diff_digest: Digest | None = None

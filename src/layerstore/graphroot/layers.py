@@ -22,6 +22,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+import msgspec
+
 from layerstore import limits
 from layerstore.errors import CorruptStorage, StorageError, UnknownObject
 from layerstore.formats import LayerStream
@@ -132,8 +134,7 @@ class LayerArea:
         return self.directory / f"{checked_component(layer)}{_TAR_SPLIT}"
 
 
-@dataclass(frozen=True, slots=True)
-class Addition:
+class Addition(msgspec.Struct, frozen=True):
     """A layer to be made; see ``Overlay.create`` for the fields.  ``tar_split`` is copied."""
 
     record: LayerRecord

@@ -7,15 +7,15 @@ storage.conf.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from layerstore.errors import InvalidReference
 from layerstore.graphroot.storageconf import StorageConfig
 
 
-@dataclass(frozen=True, slots=True)
-class StorageLocation:
+class StorageLocation(msgspec.Struct, frozen=True):
     """What stood in the brackets; ``driver`` is "" and roots are None where nothing did."""
 
     driver: str = ""

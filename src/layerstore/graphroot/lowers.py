@@ -11,9 +11,10 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from layerstore.graphroot.overlay import Overlay, additional_layer_of, short_name_of
 
@@ -59,8 +60,7 @@ def overlay_mounts() -> Iterator[bytes]:
     return (line for line in _mounts() if b" - overlay " in line)
 
 
-@dataclass(frozen=True, slots=True)
-class Mounted:
+class Mounted(msgspec.Struct, frozen=True):
     """Short names and ids of layers that are mounted, or stand below one that is.
 
     ``graph_roots`` are those whose names the mounts tell.
@@ -98,8 +98,7 @@ def _mounts() -> Iterator[bytes]:
             yield from lines
 
 
-@dataclass(frozen=True, slots=True)
-class LinkedLayer:
+class LinkedLayer(msgspec.Struct, frozen=True):
     """A layer of a graph root whose content a layer store has, at ``path``."""
 
     id: str

@@ -12,9 +12,10 @@ import errno
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from layerstore import limits
 from layerstore.errors import CorruptStorage, MountError, StorageError
@@ -28,8 +29,7 @@ _UMOUNT_NOFOLLOW: Final = 8
 _STACKED: Final = 16  # mounts on one mount point
 
 
-@dataclass(frozen=True, slots=True)
-class MountPoint:
+class MountPoint(msgspec.Struct, frozen=True):
     """One mounted layer; ``count`` is how many users have mounted it."""
 
     id: str

@@ -21,9 +21,10 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
+
+from msgspec.structs import replace
 
 from layerstore.errors import MountError, StorageError, UnknownObject
 from layerstore.graphroot import atomic, overlaymount

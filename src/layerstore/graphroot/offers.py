@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from layerstore.graphroot.als import AlsLayer
 from layerstore.graphroot.records import EXPECTED_DIFF_ID, LayerRecord, now
 from layerstore.image import Digest
 
 
-@dataclass(frozen=True, slots=True)
-class AlsOffer:
+class AlsOffer(msgspec.Struct, frozen=True):
     """A layer that was found in an additional layer store, to become one of the graph root.
 
     ``diff_id`` is what the image's config says: nobody has verified it, so it becomes the flag

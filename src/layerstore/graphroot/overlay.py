@@ -30,9 +30,10 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from layerstore.errors import ConfigError, CorruptStorage, InvalidDigest, StorageError
 from layerstore.graphroot import atomic
@@ -51,8 +52,7 @@ _OTHER_DRIVERS: Final = ("vfs", "btrfs", "zfs", "aufs", "devicemapper")
 _MOUNT_PROGRAM: Final = ".has-mount-program"
 
 
-@dataclass(frozen=True, slots=True)
-class RootAttributes:
+class RootAttributes(msgspec.Struct, frozen=True):
     """Mode (without the type) and owner of a layer's ``diff`` directory."""
 
     mode: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from layerstore.formats import Compression
 from layerstore.image import Digest
@@ -13,8 +14,7 @@ DIFF: Final = "diff"
 TAR_SPLIT: Final = "tar-split.gz"
 
 
-@dataclass(frozen=True, slots=True)
-class StagedLayer:
+class StagedLayer(msgspec.Struct, frozen=True):
     """One extracted, verified, not yet committed layer.
 
     ``directory`` holds ``diff/`` and ``tar-split.gz``.  ``diff_id`` and ``diff_size`` are those

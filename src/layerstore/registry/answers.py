@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -28,8 +27,7 @@ _MISSING: Final = frozenset(("NAME_UNKNOWN", "MANIFEST_UNKNOWN", "BLOB_UNKNOWN")
 _SHOWN_ERRORS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class ContentRange:
+class ContentRange(msgspec.Struct, frozen=True):
     """``bytes start-(end-1)/total``: ``end`` is exclusive, ``total`` may be unknown."""
 
     start: int

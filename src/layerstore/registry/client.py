@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Final, Self, TypeVar
 
+import msgspec
+from msgspec.structs import replace
 from urllib3.response import BaseHTTPResponse
 
 from layerstore import limits
@@ -41,8 +42,7 @@ _MIRROR_ATTEMPTS: Final = 2  # where another place can be asked, that is quicker
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class FetchedManifest:
+class FetchedManifest(msgspec.Struct, frozen=True):
     """A manifest's exact bytes, the media type they were served with, their digest."""
 
     raw: bytes

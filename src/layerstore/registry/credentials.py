@@ -53,8 +53,7 @@ class Credential:
 CredentialSource = Callable[[str], Credential | None]
 
 
-@dataclass(frozen=True, slots=True)
-class AuthFile:
+class AuthFile(msgspec.Struct, frozen=True):
     """Where an auth file may be; ``legacy`` is the flat form of ``~/.dockercfg``."""
 
     path: Path

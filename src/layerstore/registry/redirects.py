@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
+
+import msgspec
 
 from layerstore import limits
 from layerstore.errors import RegistryError
@@ -46,8 +47,7 @@ def checked(url: str, location: str, *, insecure: bool, subject: str) -> str:
     return following
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """A redirect's end; ``same_origin`` means that the registry redirected to itself."""
 
     url: str

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -68,8 +67,7 @@ class _File(msgspec.Struct, rename="kebab"):
     aliases: dict[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(msgspec.Struct, frozen=True):
     """One physical place to ask for a reference.
 
     ``host`` is the host as written (``docker.io``, not its API host), ``path``
@@ -88,8 +86,7 @@ class Endpoint:
         return f"{self.host}/{self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class RegistriesConf:
+class RegistriesConf(msgspec.Struct, frozen=True):
     """The merged configuration.
 
     ``search`` are the hosts for short names in order, ``search_file`` the file
@@ -103,7 +100,7 @@ class RegistriesConf:
     search: tuple[str, ...] = ()
     search_file: Path | None = None
     short_name_mode: ShortNameMode = "permissive"
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = msgspec.field(default_factory=dict)
     credential_helpers: tuple[str, ...] = (AUTH_FILES_HELPER,)
     auth_helper: str = ""
 

@@ -27,8 +27,7 @@ _EXPIRY_MARGIN_SECONDS: Final = 10
 _CLIENT_ID: Final = "layerstore"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenKey:
+class TokenKey(msgspec.Struct, frozen=True):
     """What a token was issued for."""
 
     realm: str
@@ -123,8 +122,7 @@ class TokenCache:
                 slot.token = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
+class TokenRequest(msgspec.Struct, frozen=True):
     """One request to a token server; ``form`` makes it a POST."""
 
     url: str
@@ -142,8 +140,7 @@ class _Answer(msgspec.Struct):
 TokenTransport = Callable[[TokenRequest, float | None], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(msgspec.Struct, frozen=True):
     """What a request wants to do.
 
     ``repository`` is the physical ``host/path`` under which credentials are

@@ -12,10 +12,10 @@ import logging
 import ssl
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final, TypeVar
 from urllib.parse import urljoin, urlsplit
 
+import msgspec
 import urllib3
 from urllib3.response import BaseHTTPResponse
 
@@ -46,8 +46,7 @@ _T = TypeVar("_T")
 BodySource = Callable[[], Iterable[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """One request to a registry; ``path`` begins with ``/v2/`` or is an absolute URL.
 
     ``body`` is called anew for every attempt, and its ``Content-Length`` stands

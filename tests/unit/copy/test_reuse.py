@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from layerstore.copy.reuse import (
     ImageChoice,
@@ -172,7 +173,9 @@ def test_a_layer_may_have_another_id_where_the_usual_one_is_taken() -> None:
 def test_the_word_of_a_store_is_for_one_blob_only() -> None:
     wanted = WantedLayer(0, descriptor("blob"), TAR, None)
     assert in_place_by_word(extracted(), "", wanted)
-    assert not in_place_by_word(extracted(), "", replace(wanted, descriptor=descriptor("other")))
+    assert not in_place_by_word(
+        extracted(), "", structs.replace(wanted, descriptor=descriptor("other"))
+    )
 
 
 # -- ids of images -----------------------------------------------------------------------------
@@ -231,9 +234,9 @@ def test_the_id_of_released_versions_is_recognised_for_this_very_image_only() ->
     mine = KnownImage((MANIFEST,), CONFIG, "top")
     assert choose((TOC,), {released: mine}) == ImageChoice(released, replace=True)
     for other in (
-        replace(mine, digests=(digest("m2"), MANIFEST)),
-        replace(mine, config=digest("c2")),
-        replace(mine, top_layer="elsewhere"),
+        structs.replace(mine, digests=(digest("m2"), MANIFEST)),
+        structs.replace(mine, config=digest("c2")),
+        structs.replace(mine, top_layer="elsewhere"),
     ):
         chosen = choose((TOC,), {released: other})
         assert chosen == ImageChoice(image_id(CONFIG, (TOC,)), replace=False)
