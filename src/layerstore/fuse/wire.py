@@ -179,18 +179,6 @@ class Attr(NamedTuple):
     blksize: int = PAGE_BYTES
 
 
-class InHeader(NamedTuple):
-    """The header of a request; ``pid`` is a thread id, 0 when it cannot be seen from here."""
-
-    length: int
-    opcode: int
-    unique: int
-    nodeid: int
-    uid: int
-    gid: int
-    pid: int
-
-
 class InitIn(NamedTuple):
     """The kernel's side of the negotiation; ``flags`` has flags2 in its upper half."""
 
@@ -339,16 +327,6 @@ Buffer = bytes | bytearray | memoryview
 
 def _short(what: str, size: int) -> WireError:
     return WireError(f"a {what} request of {size} bytes")
-
-
-def parse_header(buffer: Buffer, size: int) -> InHeader:
-    """The header of the request in ``buffer[:size]``; its length must be ``size``."""
-    if size < HEADER_BYTES or len(buffer) < size:
-        raise _short("FUSE", size)
-    header = InHeader._make(IN_HEADER.unpack_from(buffer)[:7])
-    if header.length != size:
-        raise WireError(f"a request of {size} bytes that says it has {header.length}")
-    return header
 
 
 def parse_name(buffer: Buffer, size: int, start: int = HEADER_BYTES) -> bytes:

@@ -16,7 +16,6 @@ Source: containers/image, storage/storage_dest.go ("layerID", "computeID").
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Sequence
 from typing import Final
 
@@ -57,15 +56,6 @@ def released_image_id(tocs: Sequence[Digest | None]) -> str:
     if not any(tocs):
         raise UsageError("an image without TOC-identified layers is named after its config")
     return _hashed(f"{_WITH_TOC}{_joined(tocs)}")
-
-
-def new_random_id() -> str:
-    """A fresh id, as containers and their layers have them: 64 hex digits."""
-    while True:
-        found = secrets.token_hex(32)
-        # 12 digits are shown in lists; all-decimal ones are taken for numbers by other programs
-        if not found[:12].isdecimal():
-            return found
 
 
 def _joined(tocs: Sequence[Digest | None]) -> str:

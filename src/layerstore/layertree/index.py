@@ -274,11 +274,6 @@ class LayerIndex:
             found.append(Child(self._name(number), entry, words[entry * RECORD_WORDS]))
         return found
 
-    def child_count(self, directory: int) -> int:
-        """How many names a directory has; 0 for anything else."""
-        first, end = self._span(directory)
-        return end - first
-
     def parent(self, directory: int) -> int:
         """The directory in which ``directory`` lies; the root is its own parent."""
         if not stat.S_ISDIR(self.mode(directory)):
@@ -401,14 +396,6 @@ class LayerIndex:
         return self._member_chunks[
             self._member_ends[number] : self._member_ends[number + 1]
         ].tolist()
-
-    def members_between(self, offset: int, end: int) -> tuple[int, int]:
-        """(first, stop) of the members that overlap the compressed range [offset, end)."""
-        offset, end = max(offset, 0), min(end, self.toc_offset)
-        if offset >= end or not self.members:
-            return 0, 0
-        first = max(bisect_right(self._members, offset, 0, self.members) - 1, 0)
-        return first, max(bisect_left(self._members, end, 0, self.members), first)
 
     # -- inside -----------------------------------------------------------------------
 

@@ -108,7 +108,6 @@ def test_a_forget_list_must_hold_as_many_as_it_says() -> None:
 def test_nothing_but_wire_errors_leaves_a_parser(data: bytes, more: int) -> None:
     size = max(0, len(data) + min(0, more))
     for parser in (
-        wire.parse_header,
         wire.parse_name,
         wire.parse_init,
         wire.parse_read,
@@ -125,11 +124,3 @@ def test_nothing_but_wire_errors_leaves_a_parser(data: bytes, more: int) -> None
             parser(data, size)
         except WireError:
             continue
-
-
-@given(st.binary(max_size=100))
-def test_a_header_that_lies_about_its_length_is_refused(body: bytes) -> None:
-    request = _request(body)
-    assert wire.parse_header(request, len(request)).length == len(request)
-    with pytest.raises(WireError):
-        wire.parse_header(request + b"x", len(request) + 1)

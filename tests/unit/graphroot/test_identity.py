@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from layerstore.errors import UsageError
-from layerstore.graphroot.identity import image_id, layer_id, new_random_id, released_image_id
+from layerstore.graphroot.identity import image_id, layer_id, released_image_id
 from layerstore.image import Digest
 
 # Observed with Podman 4.3.1 and 5.4.2.
@@ -59,10 +59,3 @@ def test_the_formula_of_released_versions_is_recognised() -> None:
     assert released_image_id([None, TOC]) == expected
     with pytest.raises(UsageError):
         released_image_id([None])
-
-
-def test_random_ids_are_ids() -> None:
-    one, other = new_random_id(), new_random_id()
-    assert one != other
-    assert len(one) == 64
-    assert not one[:12].isdecimal()

@@ -130,29 +130,6 @@ def test_several_files_in_one_member(toc: Any) -> None:
         assert (chunk.inner_offset, chunk.member) == (inner, member)
 
 
-@pytest.mark.parametrize(
-    ("offset", "end", "expected"),
-    [
-        (0, 50, (0, 0)),
-        (0, 51, (0, 1)),
-        (50, 100, (0, 1)),
-        (99, 101, (0, 2)),
-        (100, 200, (1, 2)),
-        (150, 160, (1, 2)),
-        (250, 10_000, (2, 3)),
-        (300, 400, (0, 0)),
-        (60, 60, (0, 0)),
-        (-5, 300, (0, 3)),
-    ],
-)
-def test_members_between(toc: Any, offset: int, end: int, expected: tuple[int, int]) -> None:
-    index = toc.build(
-        [toc.reg("a", b"a", 50), toc.reg("b", b"b", 100), toc.reg("c", b"c", 200)], toc_offset=300
-    )
-    first, stop = index.members_between(offset, end)
-    assert (first, stop) == expected or first == stop == expected[0] == expected[1]
-
-
 def test_a_replaced_file_leaves_its_member_but_no_chunk(toc: Any) -> None:
     index = toc.build([toc.reg("f", b"old", 100), toc.reg("g", b"g", 200), toc.reg("f", b"n", 300)])
     assert index.chunks == 2
@@ -167,7 +144,7 @@ def test_a_replaced_file_leaves_its_member_but_no_chunk(toc: Any) -> None:
 def test_numbers_out_of_range(toc: Any) -> None:
     index = toc.build([toc.reg("f", b"x")])
     calls: list[Callable[[int], object]] = [
-        index.inode, index.mode, index.children, index.child_count, index.symlink, index.xattrs,
+        index.inode, index.mode, index.children, index.symlink, index.xattrs,
         index.content, index.chunk, index.chunk_owner, index.member, index.member_chunks,
         index.parent,
     ]  # fmt: skip
