@@ -117,8 +117,8 @@ class PodmanEnv:
         self.tools: Final = Tools.of(flavour)
         self._beside: Final = beside
         self.graph_root: Final[Path] = beside.graph_root if beside else self.directory / "root"
-        own_run_root = _short_run_root(self.directory / "run")
-        self.run_root: Final[Path] = beside.run_root if beside else own_run_root
+        self._run_place: Final = _run_place(self.directory)
+        self.run_root: Final[Path] = beside.run_root if beside else self._run_place / "run"
         self.tmp: Final = self.directory / "tmp"
         self.home: Final = self.directory / "home"
         self.conf: Final = self.directory / "conf"
@@ -267,10 +267,12 @@ class PodmanEnv:
         Of an environment beside another only its own containers.
         """
         removals = [("rm", "--all", "--force", "--time=0"), ("rmi", "--all", "--force")]
+        if not self.graph_root.exists():
+            removals.clear()  # the other one has cleaned up
         for arguments in removals[:1] if self._beside else removals:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 self.podman(*arguments, check=False, timeout=_CLEANUP_SECONDS)
-        for place in (self.directory,) if self._beside else (self.directory, self.run_root):
+        for place in (self.directory,) if self._beside else (self.directory, self._run_place):
             unmount_below(place)
             shutil.rmtree(place, ignore_errors=True)
 
@@ -366,16 +368,16 @@ def unmount_below(directory: Path) -> None:
         libc.umount2(point, _MNT_DETACH)
 
 
-def _short_run_root(wanted: Path) -> Path:
-    """``wanted``, or a place under a short name that belongs to it alone.
+def _run_place(directory: Path) -> Path:
+    """Where the run root lies: ``directory``, or one under a short name that belongs to it alone.
 
     Podman refuses ``--runroot`` above 50 characters. It passes that option to the clean-up that
     conmon starts when a container ends; where that fails, ``podman run`` waits 20 s for the exit
     code.
     """
-    if len(str(wanted)) <= _RUN_ROOT_CHARS:
-        return wanted
-    return Path("/var/tmp") / f"lab-run-{hashlib.sha256(os.fsencode(wanted)).hexdigest()[:16]}"
+    if len(str(directory / "run")) <= _RUN_ROOT_CHARS:
+        return directory
+    return Path("/var/tmp") / f"lab-run-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
 
 
 def _limit(name: str, kind: int, wanted: int) -> str:
