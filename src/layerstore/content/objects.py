@@ -184,8 +184,7 @@ class ObjectStore:
             os.unlink(entry.path)
         for digest in self._underway.left:
             if not self.ledger.trusts(half := self.path(digest)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(half)
+                _unlink_quietly(half)
 
     def _sync_failed(self, error: OSError) -> None:
         """What was written of late may be in memory only: nobody goes on with it unverified."""
