@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -93,13 +92,6 @@ def read_big(rig: Rig, pushed: Pushed) -> str:
     """What a fresh container reads of the large file."""
     command = ("run", "--rm", rig.image(pushed.name), "sha256sum", "/data/big.bin")
     return rig.env.podman(*command).stdout.split()[0]
-
-
-def wait_for(condition: Any, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("flavour", ["debian12"], indirect=True)  # mounts are the same for both

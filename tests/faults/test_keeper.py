@@ -18,6 +18,7 @@ import pytest
 
 from lab.fdstore import FdStore
 from lab.sleepy import SleepyStore
+from lab.waiting import until
 from layerstore.fuse import find_mount
 
 MakeStore = Callable[..., SleepyStore]
@@ -40,13 +41,6 @@ def children(pid: int) -> list[int]:
         return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     except FileNotFoundError:
         return []
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.02)
 
 
 def reload(store: SleepyStore) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ import pytest
 
 from lab import powerloss
 from lab.rig import layer_path
-from lab.simimages import Image, Publisher
+from lab.simimages import Image, Publisher, without_tocs
 from lab.simregistry import SimRegistry
 from lab.store import LayerstoreService
 from layerstore.content import DiskRoom, ledger
@@ -71,11 +71,6 @@ def place() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="layerstore-power-", dir="/var/tmp"))
     yield path
     shutil.rmtree(path)
-
-
-def without_tocs(manifest: dict[str, Any]) -> None:
-    for layer in manifest["layers"]:
-        del layer["annotations"]
 
 
 class Images:

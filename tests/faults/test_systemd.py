@@ -6,8 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from lab.privatesystemd import SYSTEMD, NoSystemdError, PrivateSystemd
 from lab.rig import layer_path
 from lab.simimages import Publisher
 from lab.simregistry import SimRegistry
+from lab.waiting import until
 
 UNIT = Path(__file__).resolve().parents[2] / "packaging/systemd/layerstore.service"
 PLACE = "/var/lib/layerstore"
@@ -114,13 +114,6 @@ def test_the_unit_keeps_the_mount_until_it_is_stopped(
     assert systemd("ls", str(layer)).split() == listed
     user.communicate("\n", timeout=20)
     assert "Traceback" not in systemd.log()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.02)
 
 
 def sha256(data: bytes) -> str:

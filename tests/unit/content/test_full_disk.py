@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lab.waiting import until
 from layerstore import limits
 from layerstore.content import disk, ledger
 from layerstore.errors import DiskFull, StorageError
@@ -71,13 +72,6 @@ class BadDisk:
 def bad_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BadDisk:
     monkeypatch.setattr(limits, "FULL_DISK_SECONDS", 0.02)
     return BadDisk(tmp_path, monkeypatch)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def complete(lab) -> None:
@@ -161,7 +155,7 @@ def test_a_disk_that_becomes_full_in_the_middle_of_a_range(make_lab, tmp_path, b
     assert lab.content.stored_bytes == 0
     assert lab.read(0) == files[0]
     bad_disk.free()
-    wait_for(lambda: not lab.objects.disk.full)
+    until(lambda: not lab.objects.disk.full)
     again = lab.reopen()
     assert again.read_stored(0, 0, 10) is None
     while again.complete_step():
@@ -236,7 +230,7 @@ def test_a_background_fetch_that_meets_a_full_disk_ends_but_not_for_those_who_wa
 
     thread = threading.Thread(target=sweep)
     thread.start()
-    wait_for(lambda: lab.source.sent > 0)
+    until(lambda: lab.source.sent > 0)
     waiting = [threading.Thread(target=lambda n=n: results.append(lab.read(n))) for n in (5, 8)]
     results: list[bytes] = []
     for one in waiting:
@@ -332,7 +326,7 @@ def test_what_a_failed_sync_leaves_in_memory_is_not_taken_for_stored(make_lab, t
         complete(lab)
     assert not lab.content.complete
     bad_disk.syncing = {}
-    wait_for(lambda: not lab.objects.disk.full)
+    until(lambda: not lab.objects.disk.full)
     complete(lab)
     assert (tmp_path / "layer" / "blob").read_bytes() == lab.layer.blob
 
@@ -342,12 +336,12 @@ def test_a_large_file_that_cannot_be_checked_is_made_anew(make_lab, tmp_path, ba
     assert lab.read(3, 0, 10) == FILES[3][:10]
     bad_disk.reading = {"partial/": errno.EIO}
     assert lab.read(3, 1000, 11_000) == FILES[3][1000:]
-    wait_for(lambda: bad_disk.failed > 0)
-    wait_for(lambda: not list((tmp_path / "content" / "partial").iterdir()))
+    until(lambda: bad_disk.failed > 0)
+    until(lambda: not list((tmp_path / "content" / "partial").iterdir()))
     bad_disk.reading = {}
-    wait_for(lambda: not lab.objects.disk.full)
+    until(lambda: not lab.objects.disk.full)
     assert lab.read(3) == FILES[3]
-    wait_for(lambda: lab.objects.has(hashlib.sha256(FILES[3]).digest()))
+    until(lambda: lab.objects.has(hashlib.sha256(FILES[3]).digest()))
 
 
 def test_what_was_written_before_a_sync_failed_is_made_anew(make_lab, tmp_path, monkeypatch):
@@ -370,7 +364,7 @@ def test_what_was_written_before_a_sync_failed_is_made_anew(make_lab, tmp_path, 
     for path in files_below(tmp_path / "content" / "objects"):
         path.write_bytes(bytes(path.stat().st_size))  # what the disk really has
     lab.objects.disk.look_again()
-    wait_for(lambda: not lab.objects.disk.full)
+    until(lambda: not lab.objects.disk.full)
     assert lab.read(0) == FILES[0]
     assert lab.read(3) == FILES[3]
 
@@ -381,7 +375,7 @@ def test_objects_that_cannot_be_read_are_made_anew(make_lab, bad_disk, monkeypat
     lab = make_lab(FILES)
     for number in range(len(FILES)):
         lab.read(number)
-    wait_for(lambda: lab.objects.has(hashlib.sha256(FILES[3]).digest()))
+    until(lambda: lab.objects.has(hashlib.sha256(FILES[3]).digest()))
     lab.read(1, 0, 1)
     lab.objects.close()
     if stuck:
@@ -459,7 +453,7 @@ def test_a_disk_without_room_stays_full_though_a_small_file_would_fit(tmp_path, 
         watched.check()
     monkeypatch.setattr(limits, "FULL_DISK_ROOM_BYTES", 0)
     watched.look_again()
-    wait_for(lambda: not watched.full)
+    until(lambda: not watched.full)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -479,7 +473,7 @@ def test_a_layer_that_is_opened_while_nothing_can_be_made(make_lab, tmp_path, ba
     opened = lab.content = lab.reopen()
     assert opened.provisional
     bad_disk.free()
-    wait_for(lambda: not opened._disk.full)
+    until(lambda: not opened._disk.full)
     for number, data in enumerate(FILES):
         assert lab.read(number) == data
     with pytest.raises(DiskFull):

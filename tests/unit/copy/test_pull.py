@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from lab.simimages import OCI_INDEX, OCI_MANIFEST, Image, Publisher
 from lab.simregistry import SimRegistry
+from lab.waiting import until
 from layerstore.copy import pullplan, storage_destination
 from layerstore.copy.docker import RegistryImage
 from layerstore.copy.intostorage import IntoStorage, PullResult
@@ -507,13 +507,6 @@ def test_what_was_kept_expires(puller: Puller) -> None:
     spool.expire(seconds=-1)
     assert puller.partial() == []
     assert spool.open(old, 100) is None  # too small to be kept
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_staging_directory_that_somebody_removes_is_made_anew(

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.waiting import until
 from layerstore import limits
 from layerstore.errors import StorageError
 from layerstore.graphroot.als import (
@@ -440,13 +441,6 @@ def hanging(request: pytest.FixtureRequest) -> Iterator[Hanging]:
     files = Hanging(request.param)
     yield files
     files.go.set()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("hanging", ["check", "use", "info"], indirect=True)

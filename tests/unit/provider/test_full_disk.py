@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import errno
-import time
-from collections.abc import Callable
 
 from lab.simimages import Publisher
 from lab.simregistry import SimRegistry
+from lab.waiting import until
 from layerstore import limits
 
 FILES = [{"app/main": b"main" * 5000, "etc/b": b"b"}]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_what_can_wait_waits_for_room(
@@ -41,9 +33,9 @@ def test_what_can_wait_waits_for_room(
     asked = registry.count("GET")
     store.layers._background = True
     store.layers.complete(view.slot)
-    wait_for(lambda: view.slot in store.layers._paused)
+    until(lambda: view.slot in store.layers._paused)
     assert registry.count("GET") == asked
     monkeypatch.setattr(limits, "FULL_DISK_ROOM_BYTES", 0)
-    wait_for(lambda: not disk.full)
-    wait_for(lambda: store._state.is_complete(view.slot))
+    until(lambda: not disk.full)
+    until(lambda: store._state.is_complete(view.slot))
     asker.view(f"{registry.host}/other:1", other.layers[0].toc_digest)

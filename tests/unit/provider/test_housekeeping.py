@@ -8,12 +8,13 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab.simimages import without_tocs
+from lab.waiting import until
 from layerstore import limits
 from layerstore.content import DiskRoom
 from layerstore.content.room import FileSystem
@@ -36,13 +37,6 @@ def noise(seed: int, size: int) -> bytes:
 
 def files(seed: int, size: int = 1 * MIB, count: int = 4) -> dict[str, bytes]:
     return {f"data/{number}": noise(seed * 100 + number, size) for number in range(count)}
-
-
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 class Client:
@@ -171,13 +165,9 @@ def test_a_shared_file_stays_for_the_layer_that_is_wanted_more(asker, registry, 
 
 @pytest.mark.parametrize("form", ["lazy", "ordinary"])
 def test_an_evicted_layer_is_read_anew_by_ranges(asker, registry, publisher, client, form):
-    def without_tocs(manifest: dict[str, Any]) -> None:
-        if form == "ordinary":
-            for layer in manifest["layers"]:
-                del layer["annotations"]
-
+    change = without_tocs if form == "ordinary" else None
     use(asker, client, ordinary=Ordinary.EAGER)
-    image = publisher.push("app", "1", [files(1, size=MIB // 2, count=6)], change=without_tocs)
+    image = publisher.push("app", "1", [files(1, size=MIB // 2, count=6)], change=change)
     layer = image.layers[0]
     name = layer.toc_digest if form == "lazy" else layer.digest
     view = asker.view(ref(registry, "app"), name)

@@ -7,13 +7,14 @@ import json
 import random
 import shutil
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab.simimages import without_tocs
+from lab.waiting import until
 from layerstore import limits
 from layerstore.errors import ContentError, LayerstoreError, StorageError
 from layerstore.formats.compression import zstd
@@ -30,18 +31,6 @@ FILES = [
 
 def ref(registry) -> str:
     return f"{registry.host}/app:1"
-
-
-def without_tocs(manifest: dict[str, Any]) -> None:
-    for layer in manifest["layers"]:
-        del layer["annotations"]
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 def use(asker, **policy: Any) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from lab.simimages import without_tocs
+from lab.waiting import until
 from layerstore.content import DiskRoom
 from layerstore.errors import StorageError, UnknownObject, UsageError
 from layerstore.image import Platform, Reference
@@ -20,18 +21,6 @@ FILES = [{"bin/sh": b"shell" * 3000, "etc/a": b"a"}, {"app/main": b"main" * 5000
 
 def ref(registry, repository: str = "app") -> str:
     return f"{registry.host}/{repository}:1"
-
-
-def without_tocs(manifest: dict[str, Any]) -> None:
-    for layer in manifest["layers"]:
-        del layer["annotations"]
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 def use(asker, **policy: Any) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from lab import simimages
+from lab.waiting import until
 from layerstore.errors import VerificationError
 from layerstore.image import Digest
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, ESTARGZ_UNCOMPRESSED_SIZE
@@ -22,13 +21,6 @@ EVIL = [{"bin/sh": b"evil!!" * 3000, "etc/a": b"a"}]
 
 def ref(registry, repository: str = "app", tag: str = "1") -> str:
     return f"{registry.host}/{repository}:{tag}"
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 def complete(asker, view: View) -> None:
