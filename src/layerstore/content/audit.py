@@ -31,7 +31,8 @@ class StoredFile:
 def stored_files(root: Path) -> Iterator[StoredFile]:
     """All files below the directory ``objects`` of an object store."""
     for first in sorted(os.scandir(root / "objects"), key=lambda entry: entry.name):
-        for entry in os.scandir(first.path) if first.is_dir() else [first]:
+        # all at once: whoever stops in the middle would leave a directory open
+        for entry in list(os.scandir(first.path)) if first.is_dir() else [first]:
             try:
                 size = entry.stat(follow_symlinks=False).st_size
             except FileNotFoundError:
