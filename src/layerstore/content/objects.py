@@ -278,7 +278,7 @@ class ObjectStore:
         ``ahead`` says that nobody waits for it.
         """
         target = self.path(digest)
-        if self.disk.full and self.ledger.trusts(target):
+        if self.disk.full and self._is_good(target, digest):
             return False
         self.disk.check()
         if not self._underway.begin(digest):
@@ -287,7 +287,7 @@ class ObjectStore:
             try:
                 fd = os.open(target, _CREATE, 0o600)
             except FileExistsError:
-                if self.ledger.trusts(target) and digest not in self._unusable:
+                if self._is_good(target, digest):
                     return False
                 self._replace(target, data, ahead=ahead)
             else:
@@ -298,6 +298,10 @@ class ObjectStore:
             self._underway.end(digest)
         self._unusable.discard(digest)
         return True
+
+    def _is_good(self, path: str, digest: bytes) -> bool:
+        """Whether the object is there and needs no verification."""
+        return self.ledger.trusts(path) and digest not in self._unusable
 
     def _fill(self, fd: int, path: str, data: bytes | memoryview, *, ahead: bool) -> None:
         """Write the file that was just made, or remove it; closes it in any case."""
