@@ -69,8 +69,8 @@ class LayerstoreService:
         """Process id of the server that serves now."""
         return int(request(self.root, "status")["pid"])
 
-    def start(self) -> None:
-        """Start it and wait until it serves."""
+    def launch(self) -> int:
+        """Start it; where in its log file that begins."""
         with self.log_file.open("ab") as log:
             start = log.tell()
             command = [
@@ -82,6 +82,12 @@ class LayerstoreService:
                 self._process = subprocess.Popen(command, env=self._environment, **streams)
             else:
                 self._process = self._fd_store.start(command, self._environment, **streams)
+        return start
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        start = self.launch()
+        assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             if "event=serving" in self._log_since(start):

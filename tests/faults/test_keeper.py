@@ -22,6 +22,7 @@ from lab.waiting import until
 from layerstore.fuse import find_mount
 
 MakeStore = Callable[..., SleepyStore]
+STOPS = 24
 
 
 @pytest.fixture
@@ -149,6 +150,22 @@ def test_a_stop_leaves_a_plain_directory_and_serves_who_reads(make_store: MakeSt
     os.kill(store.service.pid, signal.SIGKILL)
     until(lambda: "mounts=1" in store.service.log().splitlines()[-1])
     assert store.reads(store.names[4])
+
+
+def test_a_stop_at_any_moment_of_the_start_leaves_a_plain_directory(make_store: MakeStore) -> None:
+    service = make_store().service
+    assert service.stop() == 0
+    began = time.monotonic()
+    service.start()
+    whole = time.monotonic() - began
+    service.stop()
+    for moment in range(STOPS):
+        service.launch()
+        time.sleep(whole * 1.2 * moment / STOPS)
+        # before it hears signals, nothing is mounted
+        assert service.stop() in {0, -signal.SIGTERM}
+        assert find_mount(service.mountpoint) is None
+    assert "Traceback" not in service.log()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -88,7 +88,9 @@ class Keeper:
         return self._end()
 
     def _safely(self, call: Callable[[], None]) -> None:
-        """Nothing that goes wrong here may take the mount along."""
+        """Nothing that goes wrong here may take the mount along; once it ends, nothing begins."""
+        if self.ending is not None:
+            return
         try:
             call()
         except LayerstoreError as error:
