@@ -228,7 +228,9 @@ class _OwnLock:
 
 def _create(root: Path) -> _OwnLock:
     for _ in range(_ATTEMPTS):
-        root.mkdir(0o700, parents=False, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            # not Path.mkdir(exist_ok=True): it looks again, and another process may have removed it
+            root.mkdir(0o700)
         lock = _OwnLock.try_take(root, secrets.token_hex(8))
         if lock is None:
             continue

@@ -135,3 +135,28 @@ def test_a_fork_s_child_leaves_it_alone(root: Path) -> None:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         assert path.is_dir()
+
+
+def test_a_root_that_others_remove_again_and_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, times = os.mkdir, []
+
+    def mkdir(path: str | Path, mode: int = 0o777) -> None:
+        if Path(path) == root and len(times) < 3:
+            # there when it is to be made, gone when one looks
+            times.append(path)
+            raise FileExistsError(17, "File exists", str(path))
+        real(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with TempDirectory(root) as made:
+        assert made.new().is_dir()
+    assert len(times) == 3
+
+
+def test_a_file_in_the_place_of_the_root(root: Path) -> None:
+    root.write_text("")
+    with TempDirectory(root) as made, pytest.raises(StorageError, match=r"tempdirs.*directory"):
+        made.new()
+    assert root.read_text() == ""
