@@ -14,7 +14,6 @@ import platform
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from rich.table import Table
 from benchmarks import images
 from benchmarks.contenders import PEER_VARIABLE, Contender, Layerstore, Peer, PlainPull
 from benchmarks.startup import READ_EVERYTHING, Link, Sample, measure, shaped, unlimited
+from lab.fresh import fresh
 from lab.podman import PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; the exit status tells only whether it could be measured."""
     options = _options(arguments)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-    work = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
+    work = fresh("layerstore-bench-")
     results: dict[str, list[Outcome]] = {}
     try:
         with DebianRegistry(work / "registry") as registry:

@@ -23,7 +23,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +37,7 @@ from benchmarks import consumer_images
 from benchmarks.measured import Use, cpu_seconds, measured
 from benchmarks.startup import shaped
 from lab import images
+from lab.fresh import fresh
 from lab.podman import FLAVOURS, PodmanEnv, unmount_below
 from lab.registry import DebianRegistry
 from lab.rig import Rig
@@ -118,7 +118,7 @@ _LINKS: Final[dict[str, Callable[[str], AbstractContextManager[str]]]] = {
 @contextlib.contextmanager
 def _disk() -> Iterator[Path]:
     """A directory on a fresh ext4."""
-    home = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
+    home = fresh("layerstore-bench-")
     image, place = home / "disk", home / "mnt"
     place.mkdir()
     try:

@@ -20,7 +20,6 @@ import shutil
 import statistics
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from rich.table import Table
 
 from benchmarks.measured import Use, cpu_seconds, measured
 from lab import ctrremote, images, oci
+from lab.fresh import fresh
 from lab.oci import StoredImage
 from lab.podman import PodmanEnv
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     image = images.python_image()
-    work = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
+    work = fresh("layerstore-bench-")
     try:
         with PodmanEnv(work / "env", "debian13") as env, _containerd(image, work) as daemon:
             results = _measure(_contenders(image, env, daemon), work, options.repeat)
@@ -105,7 +105,7 @@ def _measure(contenders: Sequence[Contender], work: Path, repeat: int) -> list[R
     sizes: dict[int, int] = {}
     for _ in range(repeat):
         for number, each in enumerate(contenders):
-            place = Path(tempfile.mkdtemp(dir=work, prefix="out-"))
+            place = fresh("out-", work)
             uses[number].append(each.run(place))
             sizes[number] = each.compressed(place)
             shutil.rmtree(place)

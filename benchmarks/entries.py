@@ -18,7 +18,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab import tars
+from lab.fresh import fresh
 from layerstore.content import ObjectStore
 from layerstore.formats import (
     FOOTER_BYTES,
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.one:
         _measure_one(options.one[0], Path(options.one[1]))
         return 0
-    work = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="layerstore-bench-"))
+    work = fresh("layerstore-bench-")
     results: list[Result] = []
     try:
         tar = work / "layer.tar"

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ import layerstore
 from lab import trees
 from lab.debian import CACHE
 from lab.delayproxy import DelayProxy
+from lab.fresh import fresh
 from lab.images import python_image
 from lab.opened import opened_files
 from lab.podman import CommandError, PodmanEnv, run, unmount_below
@@ -231,7 +231,7 @@ def _workplace() -> Iterator[Path]:
             break
     else:
         raise DemoError("needs 4 GiB free in /var/tmp, not on an overlay file system")
-    work = Path(tempfile.mkdtemp(dir=place, prefix="layerstore-demo-"))
+    work = fresh("layerstore-demo-", place)
     try:
         yield work
     finally:

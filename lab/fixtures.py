@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from lab import images
 from lab import trixie as lab_trixie
 from lab.debian import DebianError
+from lab.fresh import fresh
 from lab.oci import StoredImage
 from lab.podman import FLAVOURS, Flavour, PodmanEnv, unmount_below
 from lab.recording import RecordingProxy
@@ -31,7 +31,7 @@ MakePodmanEnv = Callable[..., PodmanEnv]
 @pytest.fixture(scope="session")
 def workspace() -> Iterator[Path]:
     """A directory on a real file system (overlay on tmpfs or on overlay may not work)."""
-    path = Path(tempfile.mkdtemp(prefix="layerstore-compat-", dir="/var/tmp"))
+    path = fresh("layerstore-compat-")
     yield path
     unmount_below(path)
     shutil.rmtree(path, ignore_errors=True)
@@ -94,7 +94,7 @@ def make_podman_env(
             request.getfixturevalue("trixie")
         if not Path("/usr/bin/podman").exists():
             pytest.skip("podman is not installed: run tools/bootstrap")
-        directory = Path(tempfile.mkdtemp(prefix=f"env{next(numbers)}-", dir=workspace))
+        directory = fresh(f"env{next(numbers)}-", workspace)
         env = PodmanEnv(directory, flavour, registries=(registry.host, *registries), **options)
         made.append(env)
         return env
@@ -135,7 +135,7 @@ def push_lazy(workspace: Path, push: Push) -> Push:
     """``push_lazy(image, "repository:tag")``: converted by layerstore, then pushed."""
 
     def convert_and_push(image: StoredImage, name: str) -> Pushed:
-        layout = Path(tempfile.mkdtemp(prefix="converted-", dir=workspace))
+        layout = fresh("converted-", workspace)
         return push(images.lazy(image, layout / "lazy"), name)
 
     return convert_and_push
@@ -154,7 +154,7 @@ def plain_tree(workspace: Path, registry: DebianRegistry) -> Callable[[Pushed], 
 
     def tree(pushed: Pushed) -> Tree:
         if pushed.name not in known:
-            place = Path(tempfile.mkdtemp(prefix="plain-", dir=workspace))
+            place = fresh("plain-", workspace)
             with PodmanEnv(place, registries=(registry.host,)) as env:
                 env.podman("pull", "--quiet", f"{registry.host}/{pushed.name}")
                 known[pushed.name] = image_tree(env, f"{registry.host}/{pushed.name}")
@@ -175,7 +175,7 @@ def make_rig(
         def make(flavour: Flavour = "debian12", upstream: str | None = None, **options: Any) -> Rig:
             if flavour == "debian13":
                 request.getfixturevalue("trixie")
-            place = Path(tempfile.mkdtemp(prefix="rig-", dir=workspace))
+            place = fresh("rig-", workspace)
             return stack.enter_context(Rig(place, flavour, upstream or registry.host, **options))
 
         yield make

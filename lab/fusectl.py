@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from lab.fresh import fresh
 from lab.podman import run
 from layerstore import fuse
 
@@ -23,7 +23,7 @@ class FuseControl:
     def __init__(self, mountpoint: Path) -> None:
         mount = fuse.find_mount(mountpoint)
         assert mount is not None, f"nothing is mounted at {mountpoint}"
-        self._place: Final = Path(tempfile.mkdtemp(prefix="fusectl-"))
+        self._place: Final = fresh("fusectl-")
         run(["mount", "-t", "fusectl", "none", str(self._place)])
         self._connection: Final = self._place / str(mount.minor)
 

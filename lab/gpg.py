@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+from lab.fresh import fresh
 
 
 class GpgKey:
@@ -20,7 +20,7 @@ class GpgKey:
     def __init__(self, address: str = "signer@lab.example", algorithm: str = "rsa2048") -> None:
         self.address: Final = address
         self.algorithm: Final = algorithm
-        self.home: Final = Path(tempfile.mkdtemp(prefix="gpg-", dir="/var/tmp"))
+        self.home: Final = fresh("gpg-")
         self.public: Final = self.home / "public.gpg"
 
     @property

@@ -28,7 +28,8 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 import layerstore
-from lab import trixie
+from lab import processes, trixie
+from lab.waiting import until
 
 Flavour = Literal["debian12", "debian13"]
 FLAVOURS: Final[tuple[Flavour, ...]] = ("debian12", "debian13")
@@ -272,6 +273,10 @@ class PodmanEnv:
         for arguments in removals[:1] if self._beside else removals:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 self.podman(*arguments, check=False, timeout=_CLEANUP_SECONDS)
+        if not self._beside:
+            with contextlib.suppress(AssertionError):
+                # what conmon started for a container that ended would make the run root anew
+                until(lambda: not processes.naming(self.run_root), _CLEANUP_SECONDS)
         for place in (self.directory,) if self._beside else (self.directory, self._run_place):
             unmount_below(place)
             shutil.rmtree(place, ignore_errors=True)

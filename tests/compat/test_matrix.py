@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,6 +17,7 @@ import pytest
 
 from lab import images, oci
 from lab import rig as lab
+from lab.fresh import fresh
 from lab.podman import FLAVOURS, Flavour, PodmanEnv
 from lab.registry import DebianRegistry
 from lab.rig import PlainTree, Push, Pushed
@@ -87,7 +87,7 @@ def pair(
 
     def make(kind: Kind) -> Pair:
         if kind not in known:
-            place = Path(tempfile.mkdtemp(prefix="matrix-", dir=workspace))
+            place = fresh("matrix-", workspace)
             env = PodmanEnv(place, "debian13")
             known[kind] = (packed(env, kind, "one"), packed(env, kind, "two"))
         return known[kind]
@@ -105,7 +105,7 @@ def trees(pair: Callable[[Kind], Pair], plain_tree: PlainTree) -> tuple[Tree, Tr
 @pytest.fixture(scope="module")
 def service(workspace: Path, registry: DebianRegistry) -> Iterator[LayerstoreService]:
     """One running store for all lives."""
-    place = Path(tempfile.mkdtemp(prefix="matrix-service-", dir=workspace))
+    place = fresh("matrix-service-", workspace)
     env = PodmanEnv(place / "env", registries=(registry.host,))
     with LayerstoreService(place / "layerstore", environment=env.environment()) as running:
         yield running
@@ -119,7 +119,7 @@ def layer_store(
     request: pytest.FixtureRequest,
 ) -> Callable[[Provider, Kind], Path | None]:
     """``layer_store(provider, kind)``: the store, which has these images if anyone has them."""
-    static = Path(tempfile.mkdtemp(prefix="matrix-static-", dir=workspace)) / "store"
+    static = fresh("matrix-static-", workspace) / "store"
     unpacked: set[Kind] = set()
 
     def get(provider: Provider, kind: Kind) -> Path | None:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 import layerstore
 from lab import images
+from lab.fresh import fresh
 from lab.podman import run, unmount_below
 
 USER = "layerstore-test"
@@ -54,7 +54,7 @@ class Someone:
 @pytest.fixture
 def someone() -> Iterator[Someone]:
     # a short name: Podman's clean-up fails on a run root of more than 50 characters
-    place = Path(tempfile.mkdtemp(prefix="lsu-", dir="/var/tmp"))
+    place = fresh("lsu-")
     place.chmod(0o755)
     home = place / "h"
     subprocess.run(["useradd", "--create-home", "--home-dir", home, USER], check=True)

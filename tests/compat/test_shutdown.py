@@ -1,7 +1,6 @@
 """The end of the store: politely, with nothing left in the way, and never two at once."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import layerstore
+from lab import processes
 from lab.podman import CommandError
 from lab.rig import Pushed, Rig
 
@@ -19,18 +19,10 @@ def mounts() -> str:
     return Path("/proc/self/mountinfo").read_text()
 
 
-def processes(directory: Path) -> list[int]:
-    """Processes whose command line names something below the directory."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"layerstore." in line and os.fsencode(directory) in line:
-                found.append(int(entry.name))
-    return found
+def ours(directory: Path) -> list[int]:
+    """Our processes whose command line names something below the directory."""
+    named = processes.naming(directory).items()
+    return [pid for pid, line in named if "layerstore." in line]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -40,7 +32,7 @@ def test_a_signal_leaves_a_plain_directory_that_podman_can_live_with(
     image = rig.image(small.name)
     rig.env.podman("pull", image)
     assert str(rig.store) in mounts()
-    assert {rig.service.keeper_pid, rig.service.pid} <= {*processes(rig.service.directory)}
+    assert {rig.service.keeper_pid, rig.service.pid} <= {*ours(rig.service.directory)}
     began = time.monotonic()
     assert rig.service.stop(number) == 0
     assert time.monotonic() - began < 15
@@ -48,7 +40,7 @@ def test_a_signal_leaves_a_plain_directory_that_podman_can_live_with(
     left = {path.name for path in rig.store.rglob("*") if not path.is_dir()}
     # Podman 5 adds up the files of layers that are known by their TOC only, each time anew
     assert left == (set() if rig.flavour == "debian12" else {"diff"})
-    assert processes(rig.service.directory) == []
+    assert ours(rig.service.directory) == []
     assert "event=stopped" in rig.service.log()
     assert "Traceback" not in rig.service.log()
     assert rig.env.podman("image", "exists", image, check=False).returncode == 0
@@ -111,7 +103,7 @@ def test_running_containers_keep_their_layers_after_a_stop(rig: Rig, small: Push
     assert image in rig.env.podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout
     rig.env.podman("rm", "-f", "--time=0", container)
     assert keeper.wait(10) == 0
-    assert processes(rig.service.directory) == []
+    assert ours(rig.service.directory) == []
 
 
 def test_a_second_signal_ends_it_under_a_running_container(rig: Rig, small: Pushed) -> None:

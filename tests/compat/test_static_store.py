@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from lab import images, oci, torture
 from lab import rig as lab
+from lab.fresh import fresh
 from lab.podman import Flavour, PodmanEnv
 from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
@@ -33,7 +33,7 @@ Make = Callable[..., PodmanEnv]
 @pytest.fixture
 def store(workspace: Path) -> Iterator[Path]:
     """Where the static store comes to be."""
-    place = Path(tempfile.mkdtemp(prefix="static-", dir=workspace))
+    place = fresh("static-", workspace)
     yield place / "store"
     subprocess.run(["umount", "-q", "-R", place / "shared"], check=False)
     shutil.rmtree(place, ignore_errors=True)
@@ -160,7 +160,7 @@ def test_zstd_layers(
     kind: str,
 ) -> None:
     """zstd:chunked is found by its TOC, plain zstd by its blob only: never by Podman 5."""
-    layout = Path(tempfile.mkdtemp(prefix="zstd-", dir=workspace))
+    layout = fresh("zstd-", workspace)
     make_podman_env("debian13").skopeo(
         "copy",
         "--quiet",

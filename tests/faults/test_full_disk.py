@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from lab import images
+from lab.fresh import fresh
 from lab.podman import Flavour
 from lab.registry import DebianRegistry
 from lab.rig import (
@@ -45,7 +45,7 @@ def store_on(
 ) -> Iterator[tuple[SmallDisk, Rig]]:
     if not Path("/dev/fuse").exists():
         pytest.skip("there is no /dev/fuse here")
-    place = Path(tempfile.mkdtemp(prefix="full-", dir=workspace))
+    place = fresh("full-", workspace)
     with (
         SmallDisk(place / "layerstore" / "state", kind, SIZE) as disk,
         Rig(

@@ -16,7 +16,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 
 from lab import powerloss
+from lab.fresh import fresh
 from lab.rig import layer_path
 from lab.simimages import Image, Publisher, without_tocs
 from lab.simregistry import SimRegistry
@@ -68,7 +68,7 @@ def seed() -> int:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="layerstore-power-", dir="/var/tmp"))
+    path = fresh("layerstore-power-")
     yield path
     shutil.rmtree(path)
 

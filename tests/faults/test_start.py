@@ -3,13 +3,13 @@
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lab.fresh import fresh
 from lab.rig import layer_path
 from lab.simimages import Publisher
 from lab.simregistry import SimRegistry
@@ -27,7 +27,7 @@ MORE_SECONDS = 1.0  # a start with all that may take so much longer than one wit
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="layerstore-start-", dir="/var/tmp"))
+    path = fresh("layerstore-start-")
     yield path
     shutil.rmtree(path)
 
