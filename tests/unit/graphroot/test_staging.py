@@ -140,7 +140,8 @@ def test_a_fork_s_child_leaves_it_alone(root: Path) -> None:
 def test_a_root_that_others_remove_again_and_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, times = os.mkdir, []
+    real = os.mkdir
+    times: list[object] = []
 
     def mkdir(path: str | Path, mode: int = 0o777) -> None:
         if Path(path) == root and len(times) < 3:

@@ -77,10 +77,10 @@ def test_the_policy_is_that_of_the_prefix(asker, registry, publisher, image):
 def test_eager_waits_a_bounded_time(asker, registry, image):
     use(asker, ordinary=Ordinary.EAGER, eager_seconds=0.3)
     digest = image.layers[0].digest
-    registry.fault("latency", match=digest, seconds=1.0, times=1)
+    registry.fault("latency", match=digest, seconds=3.0, times=1)
     started = time.monotonic()
     assert asker.reason(ref(registry), digest) == "being-fetched"
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 2.5
     until(lambda: isinstance(asker.lookup(ref(registry), digest), View))
 
 
