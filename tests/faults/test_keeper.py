@@ -74,6 +74,26 @@ def test_a_read_outlives_its_server(make_store: MakeStore) -> None:
     assert store.status()["read_errors"] == 0
 
 
+def test_a_server_that_hangs_is_replaced(make_store: MakeStore) -> None:
+    store = make_store()
+    store.configure("silent_seconds = 1.5\n")
+    assert reload(store).returncode == 0
+    # the keeper, too, is a new one, and goes on asking
+    until(lambda: "event=keeper-renewed" in store.service.log())
+    store.look_up()
+    reader = store.reader(store.names[0])
+    hanging = store.service.pid
+    time.sleep(3)
+    assert store.service.pid == hanging  # slow reads are no reason
+    os.kill(hanging, signal.SIGSTOP)
+    assert store.is_right(store.names[0], reader)
+    assert store.reads(store.names[1])
+    keeper = store.status()["keeper"]
+    assert keeper["restarts"] == 1
+    assert keeper["last_cause"] == "SIGKILL: no sign of life for 1.5 s"
+    assert f"event=server-killed pid={hanging} stage=serving" in store.service.log()
+
+
 def test_servers_that_die_at_once_are_started_ever_more_slowly(make_store: MakeStore) -> None:
     store = make_store()
     store.look_up()

@@ -21,6 +21,7 @@ import logging
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -155,6 +156,8 @@ class Session:
         self._dense = False
         self._refused: MountError | None = None
         self._unmounted = False
+        self._asked: deque[Callable[[], None]] = deque()
+        self._ended = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
@@ -218,12 +221,18 @@ class Session:
     def run(self) -> Ended:
         """Serve until `stop` or the end of the mount."""
         serve = self._serve_available
-        while not self._stopping and not self._unmounted:
-            drained = serve(_BURST)
-            wait_ms = self._housekeeping()
-            if not drained or self._stopping or self._unmounted:
-                continue
-            self._wait(wait_ms)
+        try:
+            while not self._stopping and not self._unmounted:
+                drained = serve(_BURST)
+                wait_ms = self._housekeeping()
+                if self._asked:
+                    self._answer_asked()
+                if not drained or self._stopping or self._unmounted:
+                    continue
+                self._wait(wait_ms)
+        finally:
+            self._ended = True
+            self._answer_asked()
         return Ended.UNMOUNTED if self._unmounted else Ended.STOPPED
 
     def _wait(self, wait_ms: float | None) -> None:
@@ -255,6 +264,21 @@ class Session:
         """Make `run` return soon; from any thread. Open requests stay unanswered."""
         self._stopping = True
         os.eventfd_write(self._wake, 1)
+
+    def ask(self, answer: Callable[[], None]) -> None:
+        """Have `run` call ``answer`` in its next turn, or at once if it has returned.
+
+        From any thread, before `close`.  Tells whether the loop goes round.
+        """
+        self._asked.append(answer)
+        os.eventfd_write(self._wake, 1)
+        if self._ended:
+            self._answer_asked()
+
+    def _answer_asked(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._asked.popleft()()
 
     def close(self) -> None:
         """Release what the session holds (not ``fd``), after `run`; late answers are dropped."""

@@ -60,6 +60,8 @@ class Child:
     stage: Stage = Stage.PREPARING
     deadline: float | None = None  # by time.monotonic(): it is killed then
     served_since: float | None = None
+    silent_seconds: float = 0.0  # so long it may give no sign of life; 0: it is not asked for any
+    next_sign: float | None = None  # by time.monotonic(): it is asked then
     failure: str = ""
     failure_status: int = 1
     prepared: Mapping[str, Any] = field(default_factory=dict)
@@ -92,10 +94,27 @@ class Child:
         self.deadline = None
         self.tell({"serve": order}, fds)
 
+    def served(self) -> None:
+        """It serves, and is to give signs of life from now on."""
+        self.stage, self.served_since = Stage.SERVING, time.monotonic()
+        self.gave_sign()
+
+    def ask_for_sign(self) -> None:
+        """Have it show that its loops go round; it is killed if they do not."""
+        self.next_sign = None
+        self.deadline = time.monotonic() + self.silent_seconds
+        self.tell({"sign": True})
+
+    def gave_sign(self) -> None:
+        """It lives; the next question comes in a while."""
+        if self.stage is Stage.SERVING and self.silent_seconds:
+            self.deadline = None
+            self.next_sign = time.monotonic() + self.silent_seconds / 3
+
     def retire(self, leave: Leave) -> None:
         """Tell it to let go of everything and end; it is killed if it does not."""
         if self.stage is not Stage.RETIRING:
-            self.stage = Stage.RETIRING
+            self.stage, self.next_sign = Stage.RETIRING, None
             self.deadline = time.monotonic() + limits.SERVER_STOP_SECONDS
             self.tell({"stop": leave.value})
 

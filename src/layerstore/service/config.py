@@ -106,6 +106,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outage: OutageConfig = OutageConfig()
     disk: DiskConfig = DiskConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    silent_seconds: Annotated[float, msgspec.Meta(ge=0, le=limits.SERVER_SILENT_MAX_SECONDS)] = (
+        limits.SERVER_SILENT_SECONDS
+    )
     registry: RegistryConfig = RegistryConfig()
     repair: RepairConfig = RepairConfig()
 

@@ -10,7 +10,7 @@ import queue
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -123,6 +123,10 @@ class Service:
         self._keeper.update(news)
         if news.get("draining"):
             self.leave_stand_ins()
+
+    def sign_of_life(self, alive: Callable[[], None]) -> None:
+        """Call ``alive``, from some thread, as soon as all mounts are seen to be served."""
+        self._sessions.sign_of_life(alive)
 
     def leave_stand_ins(self) -> None:
         """Where the store is not mounted any more: see `standins`."""

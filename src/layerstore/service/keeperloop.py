@@ -164,11 +164,14 @@ class Keeper:
             if "prepared" in message:
                 child.stage, child.deadline = Stage.PREPARED, None
                 child.prepared = message["prepared"]
+                child.silent_seconds = float(child.prepared["silent_seconds"])
             elif "failed" in message:
                 child.failure = str(message["failed"])
                 child.failure_status = int(message.get("status", 1))
             elif "serving" in message and child.stage is Stage.STARTING:
                 self._served(child)
+            elif "sign" in message:
+                child.gave_sign()
             elif "ended" in message:
                 self.holding.drop_dead()
         if child.silent:  # it is ending: its exit tells how
@@ -202,7 +205,7 @@ class Keeper:
         child.serve({"mounts": facts, "keeper": keeper}, fds)
 
     def _served(self, child: Child) -> None:
-        child.stage, child.served_since = Stage.SERVING, time.monotonic()
+        child.served()
         self.first = False
         if self.predecessor is not None:
             with contextlib.suppress(OSError):
@@ -467,14 +470,20 @@ class Keeper:
     # -- time ------------------------------------------------------------------------
 
     def _wait_seconds(self) -> float | None:
-        due = [self.start_at, self.next_sign, *(child.deadline for child in self._children())]
+        due = [self.start_at, self.next_sign]
+        for child in self._children():
+            due += [child.deadline, child.next_sign]
         times = [each for each in due if each is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _timers(self) -> None:
         now = time.monotonic()
         for child in self._children():
+            if child.next_sign is not None and child.next_sign <= now:
+                child.ask_for_sign()
             if child.deadline is not None and child.deadline <= now:
+                if child.stage is Stage.SERVING:
+                    child.failure = f"no sign of life for {child.silent_seconds:g} s"
                 _log.error("event=server-killed pid=%d stage=%s", child.pid, child.stage.value)
                 child.kill()
         if self.start_at is not None and self.start_at <= now and self.ending is None:

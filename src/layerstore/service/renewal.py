@@ -54,8 +54,12 @@ def renew(state: State, arguments: Sequence[str], signals: SignalPipe) -> str:
         "fds": fds,
         "lock": state.place.lock,
         "listener": listener.fileno(),
-        "server": {"pid": server.pid, "link": server.link.fileno()},
-        "serving_since": server.served_since,
+        "server": {
+            "pid": server.pid,
+            "link": server.link.fileno(),
+            "served_since": server.served_since,
+            "silent_seconds": server.silent_seconds,
+        },
         "restarts": state.restarts,
         "last_cause": state.last_cause,
     }
@@ -100,12 +104,15 @@ def read(memory: int, root: Path | None) -> State:
     try:
         written: dict[str, Any] = json.loads(os.pread(memory, limits.KEEPER_MESSAGE_BYTES, 0))
         os.close(memory)
+        facts = written["server"]
         server = Child(
-            written["server"]["pid"],
-            socket.socket(fileno=written["server"]["link"]),
+            facts["pid"],
+            socket.socket(fileno=facts["link"]),
             Stage.SERVING,
-            served_since=written["serving_since"],
+            served_since=facts["served_since"],
+            silent_seconds=facts["silent_seconds"],
         )
+        server.gave_sign()
         server.link.setblocking(False)
         place = Place(root, written["lock"], socket.socket(fileno=written["listener"]))
         state = State(
@@ -119,7 +126,7 @@ def read(memory: int, root: Path | None) -> State:
             *written["fds"],
             written["lock"],
             written["listener"],
-            written["server"]["link"],
+            facts["link"],
         ):
             os.set_inheritable(fd, False)
     except (OSError, ValueError, KeyError, TypeError, LayerstoreError) as error:

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,8 @@ def main() -> None:
         logging.getLogger().setLevel(level)
         root = (given.root or Path(config.root)).absolute()
         _prepare(given.mountpoint, root, config)
-        messages.send(link, {"prepared": {"root": str(root), "log_level": level}})
+        facts = {"root": str(root), "log_level": level, "silent_seconds": config.silent_seconds}
+        messages.send(link, {"prepared": facts})
         status = _wait_and_serve(link, root, config)
     except LayerstoreError as error:
         with contextlib.suppress(OSError):
@@ -110,8 +112,16 @@ def _listen(link: socket.socket, service: Service) -> None:
             os._exit(1)
         if "stop" in received[0]:
             service.stop(Leave(received[0]["stop"]))
+        elif "sign" in received[0]:
+            with contextlib.suppress(OSError):  # it is ending
+                service.sign_of_life(partial(_give_sign, link))
         else:
             service.keeper_says(received[0])
+
+
+def _give_sign(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        messages.send(link, {"sign": True})
 
 
 def _die_with(keeper: int) -> None:

@@ -62,6 +62,18 @@ class Sessions:
             if thread.ident is not None:
                 thread.join()
 
+    def sign_of_life(self, alive: Callable[[], None]) -> None:
+        """Call ``alive``, from some thread, when every loop has come round; not after `close`."""
+        missing = [session for _, session in self._served]
+
+        def came_round() -> None:
+            missing.pop()
+            if not missing:
+                alive()
+
+        for _, session in self._served:
+            session.ask(came_round)
+
     def close(self) -> None:
         """After `stop`: drop late answers, end idle workers."""
         for _, session in self._served:

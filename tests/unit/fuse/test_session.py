@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import queue
 import struct
 import threading
 from collections.abc import Callable
@@ -332,6 +333,33 @@ def test_run_says_why_it_ended(connect: Connect) -> None:
     gone = connect(Operations())
     gone.kernel.shutdown(1)
     assert gone.session.run() is Ended.UNMOUNTED
+
+
+def test_whether_the_loop_goes_round(connect: Connect) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def wait(_: object) -> bytes:
+        held.set()
+        go_on.wait(10)
+        return b""
+
+    kernel = connect(Answering(wait)).start()
+    answers: queue.Queue[str] = queue.Queue()
+    kernel.session.ask(lambda: answers.put(threading.current_thread().name))
+    assert kernel.thread is not None
+    assert answers.get(timeout=10) == kernel.thread.name
+    kernel.send(wire.READ, READ)
+    assert held.wait(10)
+    kernel.session.ask(lambda: answers.put("late"))
+    with pytest.raises(queue.Empty):
+        answers.get(timeout=0.2)
+    go_on.set()
+    assert answers.get(timeout=10) == "late"
+    # one that has ended hangs nowhere
+    kernel.session.stop()
+    kernel.thread.join(10)
+    kernel.session.ask(lambda: answers.put("ended"))
+    assert answers.get(timeout=0) == "ended"
 
 
 # -- interrupts ----------------------------------------------------------------------

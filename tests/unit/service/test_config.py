@@ -26,6 +26,7 @@ def test_every_documented_key_is_taken(tmp_path: Path):
     path.write_text(
         'dialect_l = "verified"\n'
         'root = "/srv/ls"\nprefetch = false\nbackground_fetch = false\nlog_level = "debug"\n'
+        "silent_seconds = 7.5\n"
         '[registry]\nauthfile = "/a.json"\nregistries_conf = "/r.conf"\n'
         '[repair]\nenabled = false\ngraph_roots = ["/srv/root"]\n'
         '[ordinary]\npolicy = "known"\neager_seconds = 3.5\n'
@@ -36,6 +37,7 @@ def test_every_documented_key_is_taken(tmp_path: Path):
     )
     config = load(path)
     assert (config.root, config.prefetch, config.background_fetch) == ("/srv/ls", False, False)
+    assert config.silent_seconds == 7.5
     assert config.registry.authfile == "/a.json"
     assert config.registry.registries_conf == "/r.conf"
     assert (config.repair.enabled, config.repair.graph_roots) == (False, ("/srv/root",))
@@ -67,6 +69,7 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ("[disk]\nkeep_free_percent = 101", "keep_free_percent"),
         ('root = "relative"', "absolute"),
         ('log_level = "loud"', "log_level"),
+        ("silent_seconds = -1", "silent_seconds"),
         ("[registry]\nauthfle = '/x'", "authfle"),
         ("root = ", "TOML"),
         ('[registry]\nauthfile = "x"', "absolute"),

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def server() -> Iterator[tuple[Child, socket.socket]]:
     process.wait()
 
 
+def start(keeper: Keeper, child: Child) -> None:
+    keeper.server = child
+    keeper._watch(child)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_in_the_moment_in_which_the_first_server_serves_unmounts(
     tmp_path: Path,
@@ -65,12 +71,53 @@ def test_a_stop_in_the_moment_in_which_the_first_server_serves_unmounts(
     holding = Unmounted(notifier)
     signals = Signals(number)  # is there before what the server says
     messages.send(link, {"serving": True})
-
-    def start(keeper: Keeper) -> None:
-        keeper.server = child
-        keeper._watch(child)
-
-    monkeypatch.setattr(Keeper, "_start", start)
+    monkeypatch.setattr(Keeper, "_start", lambda keeper: start(keeper, child))
     keeper = Keeper(Options(tmp_path, tmp_path, None, False), notifier, holding, signals)
     assert keeper.run() == 0
     assert holding.times == 1
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_only_a_server_that_gives_no_sign_of_life_is_killed(
+    tmp_path: Path,
+    server: tuple[Child, socket.socket],
+    answers: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child, link = server
+    child.silent_seconds = 0.6
+    messages.send(link, {"serving": True})
+    notifier = Notifier.of({})
+    monkeypatch.setattr(Keeper, "_start", lambda keeper: start(keeper, child))
+    keeper = Keeper(
+        Options(tmp_path, tmp_path, None, False), notifier, Unmounted(notifier), Signals()
+    )
+    asked = []
+
+    def answer() -> None:
+        while (received := messages.receive(link)) is not None and "sign" in received[0]:
+            asked.append(received[0])
+            if answers:
+                messages.send(link, {"sign": True})
+            if len(asked) == 6:
+                break
+        keeper._finish(3)
+
+    died = []
+
+    def end(keeper: Keeper, *how: object) -> None:
+        died.append(how)
+        keeper._finish(4)
+
+    monkeypatch.setattr(Keeper, "_died", end)
+    thread = threading.Thread(target=answer)
+    thread.start()
+    status = keeper.run()
+    if not answers:
+        assert (status, asked) == (4, [{"sign": True}])
+        assert died == [(child, "SIGKILL")]
+        assert child.failure == "no sign of life for 0.6 s"
+        link.shutdown(socket.SHUT_RD)
+    thread.join(10)
+    if answers:
+        assert (status, len(asked), died) == (3, 6, [])
