@@ -74,22 +74,22 @@ def pair(
     """``pair(kind)``: two images in the registry that share the first two of three layers."""
     known: dict[Kind, Pair] = {}
 
-    def packed(env: PodmanEnv, kind: Kind, member: str) -> Pushed:
+    def packed(place: Path, kind: Kind, member: str) -> Pushed:
         name = f"matrix/{kind.replace(':', '-')}:{member}"
         if kind == "gzip":
             return push(plain(member), name)
         if kind == "estargz":
             return push_lazy(plain(member), name)
-        layout = env.directory / member
+        layout = place / member
         way = f"--dest-compress-format={kind}"
-        env.skopeo("copy", "--quiet", way, plain(member).source, f"oci:{layout}:latest")
+        with PodmanEnv(place / "env", "debian13") as env:
+            env.skopeo("copy", "--quiet", way, plain(member).source, f"oci:{layout}:latest")
         return push(oci.read_image(layout, "latest"), name)
 
     def make(kind: Kind) -> Pair:
         if kind not in known:
             place = fresh("matrix-", workspace)
-            env = PodmanEnv(place, "debian13")
-            known[kind] = (packed(env, kind, "one"), packed(env, kind, "two"))
+            known[kind] = (packed(place, kind, "one"), packed(place, kind, "two"))
         return known[kind]
 
     return make
@@ -106,8 +106,10 @@ def trees(pair: Callable[[Kind], Pair], plain_tree: PlainTree) -> tuple[Tree, Tr
 def service(workspace: Path, registry: DebianRegistry) -> Iterator[LayerstoreService]:
     """One running store for all lives."""
     place = fresh("matrix-service-", workspace)
-    env = PodmanEnv(place / "env", registries=(registry.host,))
-    with LayerstoreService(place / "layerstore", environment=env.environment()) as running:
+    with (
+        PodmanEnv(place / "env", registries=(registry.host,)) as env,
+        LayerstoreService(place / "layerstore", environment=env.environment()) as running,
+    ):
         yield running
 
 
@@ -129,9 +131,9 @@ def layer_store(
         if provider == "no store":
             return None
         if kind not in unpacked:
-            env = PodmanEnv(static.with_name("env"), registries=(registry.host,))
-            for pushed in pair(kind):
-                env.layerstore("unpack", "--ref", f"{registry.host}/{pushed.name}", static)
+            with PodmanEnv(static.with_name("env"), registries=(registry.host,)) as env:
+                for pushed in pair(kind):
+                    env.layerstore("unpack", "--ref", f"{registry.host}/{pushed.name}", static)
             unpacked.add(kind)
         return static
 
