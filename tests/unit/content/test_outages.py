@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from lab.waiting import until
 from layerstore import limits
 from layerstore.content import Outages, Priority
 from layerstore.content.outages import pause_after
@@ -17,15 +18,6 @@ from layerstore.errors import LayerstoreError, NetworkError, OutageError, RateLi
 
 HERE, ELSEWHERE = "registry.example", "other.example"
 NO_ANSWER = NetworkError("no route to host")
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
 
 
 @pytest.fixture
@@ -72,11 +64,11 @@ def begin(outages: Outages, places: str = HERE, error: LayerstoreError = NO_ANSW
 def test_one_probes_for_all_and_all_go_on_at_once(outages: Outages) -> None:
     begin(outages)
     readers = [Reader(outages) for _ in range(50)]
-    assert wait_for(lambda: sum(reader.probes for reader in readers) >= 4)
+    until(lambda: sum(reader.probes for reader in readers) >= 4)
     assert sum(reader.probes for reader in readers) < 15
     assert not any(reader.released for reader in readers)
     outages.answered(outages.asked(HERE))
-    assert wait_for(lambda: all(reader.released for reader in readers))
+    until(lambda: all(reader.released for reader in readers))
     assert outages.since(HERE) is None
     status = outages.status()
     assert (status["begun"], status["ended"], status["now"]) == (1, 1, [])
@@ -94,7 +86,7 @@ def test_a_wait_ends_with_the_reason_in_time(outages: Outages) -> None:
     begin(outages)
     started = time.monotonic()
     reader = Reader(outages, until=0.3)
-    assert wait_for(lambda: reader.error)
+    until(lambda: reader.error)
     assert 0.3 <= time.monotonic() - started < 3
     assert isinstance(reader.error, OutageError)
     assert "registry.example" in str(reader.error)
@@ -107,10 +99,10 @@ def test_a_wait_ends_with_the_reason_in_time(outages: Outages) -> None:
 def test_who_comes_when_nobody_waits_is_the_probe(outages: Outages) -> None:
     begin(outages)
     assert not outages.admits(HERE)  # it was asked a moment ago
-    assert wait_for(lambda: outages.admits(HERE), 2)
+    until(lambda: outages.admits(HERE))
     assert not outages.admits(HERE)  # the probe is under way
     outages.untried(HERE)
-    assert wait_for(lambda: outages.admits(HERE), 2)
+    until(lambda: outages.admits(HERE))
 
 
 def test_no_more_requests_are_sent_where_one_hangs(
@@ -124,7 +116,7 @@ def test_no_more_requests_are_sent_where_one_hangs(
     assert not outages.admits(HERE)
     reader = Reader(outages)
     outages.answered(hanging)
-    assert wait_for(lambda: reader.released)
+    until(lambda: reader.released)
     assert outages.admits(HERE)
     assert outages.status()["begun"] == 0  # it was only slow
 
@@ -134,9 +126,9 @@ def test_background_work_asks_seldom_and_is_woken_by_others(outages: Outages) ->
     idle = Reader(outages, until=None)
     time.sleep(0.25)
     assert idle.probes == 0
-    assert wait_for(lambda: idle.probes == 1, 2)
+    until(lambda: idle.probes == 1)
     outages.answered(outages.asked(HERE))
-    assert wait_for(lambda: idle.released)
+    until(lambda: idle.released)
 
 
 def test_a_registry_that_wants_to_be_left_alone_is(outages: Outages) -> None:
@@ -146,7 +138,7 @@ def test_a_registry_that_wants_to_be_left_alone_is(outages: Outages) -> None:
     reader = Reader(outages)
     time.sleep(0.3)
     assert reader.probes == 0
-    assert wait_for(lambda: reader.probes, 2)
+    until(lambda: reader.probes)
 
 
 def test_old_failures_say_nothing_about_places_that_answered_since(outages: Outages) -> None:
@@ -203,14 +195,14 @@ def test_reads_wait_for_a_dead_registry_without_a_worker(make_lab, monkeypatch):
     lab.source.broken = True
     reads = [Fetching(partial(lab.content.fetch, number, 0, 1)) for number in range(40)]
     scheduler = lab.content._fetcher._scheduler
-    assert wait_for(lambda: len(lab.source.requests) > 45)
+    until(lambda: len(lab.source.requests) > 45)
     assert not any(read.done.is_set() for read in reads)
     asked = len(lab.source.requests)
     time.sleep(0.5)
     assert len(lab.source.requests) - asked < 15
     free = threading.Event()
     scheduler.submit(Priority.DEMAND, free.set)
-    assert free.wait(1)
+    assert free.wait(20)
     lab.source.broken = False
     assert all(read.done.wait(10) for read in reads)
     assert all(read.error is None for read in reads)
@@ -230,7 +222,7 @@ def test_a_dead_registry_is_an_error_after_the_time_of_the_policy(make_lab, monk
     assert isinstance(again.error, OutageError)
     assert again.seconds < 1  # it is gone for longer than a read waits
     lab.source.broken = False
-    assert wait_for(lambda: lab.fetch(0) is None)
+    until(lambda: lab.fetch(0) is None)
     assert lab.read(0) == b"abc" * 100
 
 
@@ -258,7 +250,7 @@ def test_who_waits_for_a_background_fetch_that_fails_gets_a_flight_of_his_own(ma
 
     background = threading.Thread(target=sweep, daemon=True)
     background.start()
-    assert wait_for(lambda: lab.source.requests)
+    until(lambda: lab.source.requests)
     read = Fetching(partial(lab.content.fetch, 2, 0, 1))
     lab.source.gate.set()
     assert read.done.wait(10)

@@ -60,7 +60,7 @@ def test_a_read_on_demand_waits_until_room_is_made(tmp_path: Path):
     one.pressed = asked.set
     writer = threading.Thread(target=lambda: one.charge(8 * MIB))
     writer.start()
-    assert asked.wait(5)
+    assert asked.wait(20)
     assert one.asked == 8 * MIB
     one.freed(30 * MIB)
     writer.join(5)

@@ -3,17 +3,9 @@ from __future__ import annotations
 import threading
 import time
 
+from lab.waiting import until
 from layerstore import limits
 from layerstore.content import Priority, Scheduler
-
-
-def wait_for(condition, seconds: float = 5.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def test_demand_finds_a_worker_while_prefetch_is_stuck():
@@ -23,7 +15,7 @@ def test_demand_finds_a_worker_while_prefetch_is_stuck():
         scheduler.submit(Priority.PREFETCH, gate.wait)
     served = threading.Event()
     scheduler.submit(Priority.DEMAND, served.set)
-    assert served.wait(2)
+    assert served.wait(20)
     gate.set()
     scheduler.close()
 
@@ -36,7 +28,7 @@ def test_background_rests_while_somebody_waits():
     scheduler.submit(Priority.BACKGROUND, ran.set)
     assert not ran.wait(0.3)
     gate.set()
-    assert ran.wait(2)
+    assert ran.wait(20)
     scheduler.close()
 
 
@@ -50,7 +42,7 @@ def test_a_failing_job_does_not_cost_a_worker():
         scheduler.submit(Priority.DEMAND, fail)
     served = threading.Event()
     scheduler.submit(Priority.DEMAND, served.set)
-    assert served.wait(2)
+    assert served.wait(20)
     scheduler.close()
 
 
@@ -61,7 +53,7 @@ def test_give_way_ends_when_the_scheduler_closes():
     thread = threading.Thread(
         target=lambda: results.append(scheduler.give_way(Priority.BACKGROUND))
     )
-    assert wait_for(lambda: scheduler.busy)
+    until(lambda: scheduler.busy)
     thread.start()
     scheduler.close()
     thread.join(2)
@@ -81,10 +73,10 @@ def test_reads_go_on_while_a_dead_registry_holds_every_worker(monkeypatch):
         scheduler.submit(Priority.DEMAND, stuck)
     served = threading.Event()
     scheduler.submit(Priority.DEMAND, served.set)
-    assert served.wait(5)
+    assert served.wait(20)
     gate.set()
     assert all(ended.acquire(timeout=5) for _ in range(6))
-    assert wait_for(lambda: not any(t.name == "relief" for t in threading.enumerate()))
+    until(lambda: not any(t.name == "relief" for t in threading.enumerate()))
     scheduler.close()
 
 
@@ -100,11 +92,11 @@ def test_relief_is_bounded_and_comes_only_to_the_stuck(monkeypatch):
 
     for _ in range(20):
         scheduler.submit(Priority.DEMAND, stuck)
-    assert wait_for(lambda: len(begun) == 5)
+    until(lambda: len(begun) == 5)
     time.sleep(0.2)
     assert len(begun) == 5
     assert sum(scheduler._allowed) == 2 + 3 + 1 + 1
     gate.set()
-    assert wait_for(lambda: len(begun) == 20)
-    assert wait_for(lambda: sum(scheduler._allowed) == 4)
+    until(lambda: len(begun) == 20)
+    until(lambda: sum(scheduler._allowed) == 4)
     scheduler.close()

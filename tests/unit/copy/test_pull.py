@@ -580,7 +580,7 @@ def test_several_processes_pull_the_same_image_at_once(puller: Puller) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert len({answers.get(timeout=5) for _ in processes}) == 1
+    assert len({answers.get(timeout=30) for _ in processes}) == 1
     assert len(puller.store.images()) == 1
     assert len(puller.store.layers()) == 4
     assert puller.staged() == []

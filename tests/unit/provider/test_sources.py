@@ -111,7 +111,7 @@ def test_the_root_is_listed_while_the_database_waits_for_the_disk(asker, publish
 
     with asker.store._state._lock:
         threading.Thread(target=list_root, daemon=True).start()
-        assert listed.wait(2)
+        assert listed.wait(20)
 
 
 def test_wrong_bytes_are_fetched_again_from_another_place(
