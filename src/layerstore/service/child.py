@@ -99,11 +99,17 @@ class Child:
         self.stage, self.served_since = Stage.SERVING, time.monotonic()
         self.gave_sign()
 
-    def ask_for_sign(self) -> None:
-        """Have it show that its loops go round; it is killed if they do not."""
-        self.next_sign = None
-        self.deadline = time.monotonic() + self.silent_seconds
-        self.tell({"sign": True})
+    def overdue(self, now: float) -> bool:
+        """Whether it missed what it had to do by ``now``; asks for the next sign of life."""
+        if self.next_sign is not None and self.next_sign <= now:
+            self.next_sign = None
+            self.deadline = now + self.silent_seconds
+            self.tell({"sign": True})
+        if self.deadline is None or self.deadline > now:
+            return False
+        if self.stage is Stage.SERVING:
+            self.failure = f"no sign of life for {self.silent_seconds:g} s"
+        return True
 
     def gave_sign(self) -> None:
         """It lives; the next question comes in a while."""

@@ -471,19 +471,14 @@ class Keeper:
 
     def _wait_seconds(self) -> float | None:
         due = [self.start_at, self.next_sign]
-        for child in self._children():
-            due += [child.deadline, child.next_sign]
+        due += [at for child in self._children() for at in (child.deadline, child.next_sign)]
         times = [each for each in due if each is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _timers(self) -> None:
         now = time.monotonic()
         for child in self._children():
-            if child.next_sign is not None and child.next_sign <= now:
-                child.ask_for_sign()
-            if child.deadline is not None and child.deadline <= now:
-                if child.stage is Stage.SERVING:
-                    child.failure = f"no sign of life for {child.silent_seconds:g} s"
+            if child.overdue(now):
                 _log.error("event=server-killed pid=%d stage=%s", child.pid, child.stage.value)
                 child.kill()
         if self.start_at is not None and self.start_at <= now and self.ending is None:
