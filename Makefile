@@ -21,9 +21,9 @@ lint: bootstrap ## ruff (rules, format) and mypy --strict
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-# Two workers; the files with the longest tests first, so that both end at the same time.
+# Three workers, for tests wait a lot; the files with the longest ones first, so that all end together.
 test: lint trixie ## lint, unit tests and the tests against the real tools
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/compat tests/unit
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/faults tests/compat tests/unit
 
 bench: bootstrap trixie ## measure starts, pulls and conversions beside a plain pull, both Podmans and (if given) a peer
 	@$(PYTHON) -m benchmarks
