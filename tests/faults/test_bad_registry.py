@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +44,24 @@ FAULTS: tuple[tuple[Kind, str, float, dict[str, Any]], ...] = (
 )
 
 
-def spoil(registry: SimRegistry) -> set[str]:
+def spoil(registry: SimRegistry, blobs: Iterable[str]) -> set[str]:
     """Let everything go wrong at times, and at least once; the kinds."""
     for number, (kind, match, chance, options) in enumerate(FAULTS):
-        registry.fault(kind, match, times=1, skip=5 * number, **options)
+        registry.fault(kind, match, times=1, skip=3 * number, **options)
         registry.fault(kind, match, chance=chance, **options)
     # not the same bytes twice: what is wrong again and again is an error, and has to be
-    for number in range(3):
-        registry.fault("flip", "/storage/", times=1, skip=15 + 30 * number, after=20_000)
+    for number, blob in enumerate(blobs):
+        registry.fault("flip", f"/storage/.*{blob}", times=1, skip=number, after=200)
     return {"flip", *(kind for kind, *_ in FAULTS)}
 
 
 class Files:
-    """What is in the images: paths below the store and the digests of what lies there."""
+    """The images: ``digests`` of what lies where below the store, and ``blobs``."""
 
     def __init__(self, registry: SimRegistry, seed: int) -> None:
         self._random = random.Random(seed)
         self.digests: dict[tuple[str, str, str], str] = {}
+        self.blobs: list[str] = []
         publisher = Publisher(registry)
         for number in range(IMAGES):
             layers = [self._layer() for _ in range(LAYERS)]
@@ -78,6 +79,7 @@ class Files:
 
     def _note(self, reference: str, image: Image, layers: list[dict[str, bytes]]) -> None:
         for described, files in zip(image.manifest["layers"], layers, strict=True):
+            self.blobs.append(described["digest"])
             name = described["annotations"][annotations.ESTARGZ_TOC_DIGEST]
             for path, data in files.items():
                 self.digests[reference, name, path] = hashlib.sha256(data).hexdigest()
@@ -165,7 +167,7 @@ def test_readers_do_not_notice_a_registry_that_is_bad_in_every_way(
     files = Files(registry, seed)
     for reference, name in {key[:2] for key in files.digests}:
         assert (layer_path(service.mountpoint, reference, name) / "diff").is_dir()
-    kinds = spoil(registry)
+    kinds = spoil(registry, files.blobs)
     began = time.monotonic()
     readers = Readers(service.mountpoint, files, seed)
     readers.run()
