@@ -276,9 +276,12 @@ class Session:
             self._answer_asked()
 
     def _answer_asked(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._asked.popleft()()
+        while self._asked:
+            try:
+                answer = self._asked.popleft()
+            except IndexError:  # another thread was faster
+                return
+            answer()
 
     def close(self) -> None:
         """Release what the session holds (not ``fd``), after `run`; late answers are dropped."""
