@@ -27,7 +27,7 @@ import layerstore
 from lab import trees
 from lab.debian import CACHE
 from lab.delayproxy import DelayProxy
-from lab.fresh import fresh
+from lab.fresh import SCRATCH, fresh
 from lab.images import python_image
 from lab.opened import opened_files
 from lab.podman import CommandError, PodmanEnv, run, unmount_below
@@ -223,7 +223,7 @@ def _check_machine() -> None:
 @contextlib.contextmanager
 def _workplace() -> Iterator[Path]:
     """A temporary directory where overlay mounts can lie, with room; removed at the end."""
-    for place in (Path("/var/tmp"), CACHE, Path("/tmp"), Path("/dev/shm")):
+    for place in (SCRATCH, CACHE, Path("/tmp"), Path("/dev/shm")):
         if not place.is_dir():
             continue
         kind = run(["stat", "--file-system", "--format=%T", str(place)]).stdout.strip()

@@ -29,6 +29,7 @@ from typing import Final, Literal, Self
 
 import layerstore
 from lab import processes, trixie
+from lab.fresh import SCRATCH
 from lab.waiting import until
 
 Flavour = Literal["debian12", "debian13"]
@@ -382,7 +383,7 @@ def _run_place(directory: Path) -> Path:
     """
     if len(str(directory / "run")) <= _RUN_ROOT_CHARS:
         return directory
-    return Path("/var/tmp") / f"lab-run-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
+    return SCRATCH / f"lab-run-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
 
 
 def _limit(name: str, kind: int, wanted: int) -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from lab import images, tars
+from lab import images, processes, tars
 from lab.oci import LayerSource, RunConfig, StoredImage
 from lab.podman import PodmanEnv
 
@@ -411,13 +411,11 @@ def _end_hanging(process: subprocess.Popen[str]) -> str:
 
 def _lock_takers() -> list[str]:
     """The processes that may hold a lock."""
-    told = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            command = (process / "cmdline").read_bytes().split(b"\0")
-            if any(Path(os.fsdecode(word)).name in _PROGRAMS.values() for word in command[:3]):
-                told.append(f"{process.name} {os.fsdecode(b' '.join(command))[-200:]}")
-    return told
+    return [
+        f"{pid} {' '.join(command)[-200:]}"
+        for pid, command in processes.command_lines()
+        if any(Path(word).name in _PROGRAMS.values() for word in command[:3])
+    ]
 
 
 def run_all(workers: Sequence[Worker], seconds: float) -> None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,44 +54,49 @@ def server() -> Iterator[tuple[Child, socket.socket]]:
     process.wait()
 
 
-def start(keeper: Keeper, child: Child) -> None:
-    keeper.server = child
-    keeper._watch(child)
+Keep = Callable[[Child, Signals], Keeper]
+
+
+@pytest.fixture
+def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keep:
+    """``keep(child, signals)``: a keeper whose first server is ``child``."""
+
+    def make(child: Child, signals: Signals) -> Keeper:
+        def start(keeper: Keeper) -> None:
+            keeper.server = child
+            keeper._watch(child)
+
+        monkeypatch.setattr(Keeper, "_start", start)
+        notifier = Notifier.of({})
+        options = Options(tmp_path, tmp_path, None, False)
+        return Keeper(options, notifier, Unmounted(notifier), signals)
+
+    return make
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_in_the_moment_in_which_the_first_server_serves_unmounts(
-    tmp_path: Path,
-    server: tuple[Child, socket.socket],
-    number: int,
-    monkeypatch: pytest.MonkeyPatch,
+    keep: Keep, server: tuple[Child, socket.socket], number: int
 ) -> None:
     child, link = server
-    notifier = Notifier.of({})
-    holding = Unmounted(notifier)
-    signals = Signals(number)  # is there before what the server says
+    keeper = keep(child, Signals(number))  # it is there before what the server says
     messages.send(link, {"serving": True})
-    monkeypatch.setattr(Keeper, "_start", lambda keeper: start(keeper, child))
-    keeper = Keeper(Options(tmp_path, tmp_path, None, False), notifier, holding, signals)
     assert keeper.run() == 0
-    assert holding.times == 1
+    assert isinstance(keeper.holding, Unmounted)
+    assert keeper.holding.times == 1
 
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_only_a_server_that_gives_no_sign_of_life_is_killed(
-    tmp_path: Path,
+    keep: Keep,
     server: tuple[Child, socket.socket],
     answers: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     child, link = server
     child.silent_seconds = 0.6
+    keeper = keep(child, Signals())
     messages.send(link, {"serving": True})
-    notifier = Notifier.of({})
-    monkeypatch.setattr(Keeper, "_start", lambda keeper: start(keeper, child))
-    keeper = Keeper(
-        Options(tmp_path, tmp_path, None, False), notifier, Unmounted(notifier), Signals()
-    )
     asked = []
 
     def answer() -> None:
