@@ -5,6 +5,7 @@ A plug-in of pytest, loaded by tests/conftest.py: tests/compat and tests/faults 
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,15 +14,14 @@ from typing import Any
 
 import pytest
 
-from lab import images
+from lab import images, oci
 from lab import trixie as lab_trixie
 from lab.debian import DebianError
 from lab.fresh import fresh
-from lab.oci import StoredImage
 from lab.podman import FLAVOURS, Flavour, PodmanEnv, unmount_below
 from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
-from lab.rig import MakeRig, Push, Pushed, Rig, image_tree
+from lab.rig import MakeRig, Push, Pushed, Rig, edited, image_tree
 from lab.trees import Tree
 from lab.zygote import Zygote
 
@@ -122,7 +122,7 @@ def push(workspace: Path, registry: DebianRegistry) -> Iterator[Push]:
         pytest.skip("skopeo is not installed: run tools/bootstrap")
     with PodmanEnv(workspace / "pusher", registries=(registry.host,)) as env:
 
-        def copy(image: StoredImage, name: str) -> Pushed:
+        def copy(image: oci.StoredImage, name: str) -> Pushed:
             target = f"docker://{registry.host}/{name}"
             env.skopeo("copy", "--quiet", "--all", "--preserve-digests", image.source, target)
             return Pushed(name, image)
@@ -134,7 +134,7 @@ def push(workspace: Path, registry: DebianRegistry) -> Iterator[Push]:
 def push_lazy(workspace: Path, push: Push) -> Push:
     """``push_lazy(image, "repository:tag")``: converted by layerstore, then pushed."""
 
-    def convert_and_push(image: StoredImage, name: str) -> Pushed:
+    def convert_and_push(image: oci.StoredImage, name: str) -> Pushed:
         layout = fresh("converted-", workspace)
         return push(images.lazy(image, layout / "lazy"), name)
 
@@ -145,6 +145,21 @@ def push_lazy(workspace: Path, push: Push) -> Push:
 def small(push_lazy: Push) -> Pushed:
     """The small image, lazy."""
     return push_lazy(images.small_image(), "lazy/small:1")
+
+
+@pytest.fixture(scope="session")
+def mixed(push: Push, small: Pushed, workspace: Path) -> Pushed:
+    """The small image, its middle layer ordinary and the others lazy."""
+    plain = images.small_image()
+
+    def change(manifest: dict[str, Any], config: dict[str, Any]) -> None:
+        manifest["layers"][1] = json.loads(plain.blob(plain.digest).read_bytes())["layers"][1]
+        config["rootfs"]["diff_ids"][1] = plain.layers[1].diff_id
+
+    layout = edited(small.image, workspace / "mixed", change)
+    name = plain.layers[1].digest
+    shutil.copy(plain.blob(name), layout / "blobs" / name.replace(":", "/"))
+    return push(oci.read_image(layout, "latest"), "mixed/small:1")
 
 
 @pytest.fixture(scope="session")

@@ -318,15 +318,8 @@ def test_what_the_old_podman_pulled_lazily_is_believed_in_its_dialect_only(
 
 
 def test_some_layers_from_the_store_and_some_not(
-    make_rig: MakeRig, small: Pushed, push: Push, workspace: Path
+    make_rig: MakeRig, mixed: Pushed, workspace: Path
 ) -> None:
-    def change(manifest: dict[str, Any], config: dict[str, Any]) -> None:
-        del manifest["layers"][1]["annotations"]
-
-    layout = workspace / "partly-lazy"
-    if not layout.exists():
-        lab.edited(small.image, layout, change)
-    mixed = push(oci.read_image(layout, "latest"), "consumer/mixed:1")
     rig = make_rig("debian13")
     ours = pulled(rig.env, rig.image(mixed.name))
     assert hows(ours) == ["als", "pulled", "als"]

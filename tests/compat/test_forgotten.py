@@ -73,6 +73,44 @@ def test_check_storage_makes_forgotten_records_again(
     assert graph_layers(rig.env) == []
 
 
+def test_a_pull_over_forgotten_layers_harms_nothing_that_stands_on_them(
+    flavour: Flavour, make_rig: MakeRig, small: Pushed, mixed: Pushed
+) -> None:
+    """The mixed image has an ordinary layer, whose record stays, on a forgotten one."""
+    rig = make_rig(flavour)
+    names = [rig.image(mixed.name), rig.image(small.name)]
+    for name in names:
+        rig.env.podman("pull", name)
+    rig.env.podman("create", "--name", "box", names[1])
+    forget_lazy_layers(rig.env)
+    dialect = ["--dialect-l"] if flavour == "debian12" else []
+    rig.env.layerstore("pull", *dialect, names[0])
+
+    assert rig.env.podman("run", "--rm", "--pull=never", names[0]).stdout == HELLO
+    rig.env.layerstore("check", "storage", "--repair")  # the other one is still forgotten
+    assert len(rig.env.podman("images", "--quiet").stdout.split()) == 2
+    assert rig.env.podman("run", "--rm", "--pull=never", names[1]).stdout == HELLO
+    assert rig.env.podman("start", "--attach", "box").stdout == HELLO
+
+
+def test_lowers_that_a_pull_made_wrong_are_mended_in_one_go(
+    flavour: Flavour, make_rig: MakeRig, small: Pushed, mixed: Pushed
+) -> None:
+    """Podman's own pull gives forgotten layers new short names; others stand on the old ones."""
+    rig = make_rig(flavour)
+    names = [rig.image(mixed.name), rig.image(small.name)]
+    for name in names:
+        rig.env.podman("pull", name)
+    rig.env.podman("create", "--name", "box", names[0])
+    forget_lazy_layers(rig.env)
+    rig.env.podman("pull", names[0], check=False)
+    rig.env.layerstore("check", "storage", "--repair")
+    for name in names:
+        assert rig.env.podman("run", "--rm", "--pull=never", name).stdout == HELLO
+    assert rig.env.podman("start", "--attach", "box").stdout == HELLO
+    assert rig.env.layerstore("check", "storage", "--json").returncode == 0
+
+
 def test_the_service_makes_them_again_when_a_client_lets_go(
     flavour: Flavour, make_rig: MakeRig, small: Pushed, workspace: Path
 ) -> None:

@@ -29,21 +29,6 @@ def ordinary(push: Push) -> Pushed:
     return push(images.small_image(), "ordinary/small:1")
 
 
-@pytest.fixture(scope="session")
-def mixed(push: Push, small: Pushed, workspace: Path) -> Pushed:
-    """The small image, its middle layer ordinary and the others lazy."""
-    plain = images.small_image()
-
-    def change(manifest: lab.Document, config: lab.Document) -> None:
-        manifest["layers"][1] = json.loads(plain.blob(plain.digest).read_bytes())["layers"][1]
-        config["rootfs"]["diff_ids"][1] = plain.layers[1].diff_id
-
-    layout = lab.edited(small.image, workspace / "mixed", change)
-    name = plain.layers[1].digest
-    shutil.copy(plain.blob(name), layout / "blobs" / name.replace(":", "/"))
-    return push(oci.read_image(layout, "latest"), "mixed/small:1")
-
-
 # -- ordinary images with a store configured ---------------------------------------
 
 

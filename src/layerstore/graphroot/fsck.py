@@ -21,7 +21,7 @@ from typing import Final
 
 from layerstore import limits
 from layerstore.errors import CorruptStorage, LayerstoreError
-from layerstore.graphroot import atomic, bigdata, check, repair
+from layerstore.graphroot import bigdata, check, repair
 from layerstore.graphroot.check import Advance, Finding, Kind, Report
 from layerstore.graphroot.layers import LayerEdit
 from layerstore.graphroot.mountpoints import MountPoints
@@ -88,6 +88,7 @@ class _Repair:
         self.store = store
         self.made = made
         self.findings = list(findings)
+        self.rebuilt: set[str] = set()
 
     def _each(self, *kinds: Kind) -> list[tuple[int, Finding]]:
         return [
@@ -114,14 +115,13 @@ class _Repair:
         """Make the records again that newer containers/storage forgets."""
         if not self._each(Kind.LAYER_MISSING):
             return
-        made: set[str] = set()
         for image in repair.needs_rebuilding(self.store.images(), self.store.layer_areas):
             try:
-                made.update(repair.rebuild_image(self.store.layer_areas, image))
+                self.rebuilt.update(repair.rebuild_image(self.store.layer_areas, image))
             except LayerstoreError as error:
                 self.findings.append(Finding(Kind.LAYER_MISSING, image.top_layer, str(error)))
         for number, found in self._each(Kind.LAYER_MISSING, Kind.ORPHAN_DIRECTORY):
-            if found.subject in made:
+            if found.subject in self.rebuilt:
                 self._done(number, "its record was made again")
 
     def links(self) -> None:
@@ -139,24 +139,22 @@ class _Repair:
                         self._done(number, "made again")
 
     def lowers(self) -> None:
-        """Write ``lower`` as the layers below make it, the lowest layers first."""
+        """Write ``lower`` as the layers below make it, the lowest layers first.
+
+        Of all layers: what is mended below is news to everything above.
+        """
         found = {each.subject: number for number, each in self._each(Kind.LAYER_LOWER)}
-        if not found:
+        if not found and not self.rebuilt:
             return
+        overlay = self.store.layer_area.overlay
         with self.store.layer_area.editing() as edit:
-            overlay = self.store.layer_area.overlay
-            for record in _parents_first(edit):
-                if record not in found:
+            for layer in _parents_first(edit):
+                record = edit.get(layer)
+                if record is None or not record.parent or not overlay.exists(layer):
                     continue
-                below = edit.get(record)
                 with contextlib.suppress(CorruptStorage):
-                    parent = below.parent if below is not None else ""
-                    if not parent:
-                        continue
-                    names = (f"l/{overlay.link(parent)}", *overlay.lower(parent))
-                    path = overlay.home / record / "lower"
-                    atomic.write_file(path, ":".join(names).encode(), mode=0o644)
-                    self._done(found[record], "written anew")
+                    if overlay.mend_lower(layer, record.parent) and layer in found:
+                        self._done(found[layer], "written anew")
 
     def image_data(self) -> None:
         """Restore a manifest from its copy; correct sizes of items whose digest is right."""

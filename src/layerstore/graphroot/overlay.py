@@ -160,6 +160,14 @@ class Overlay:
                 raise CorruptStorage(f"lower names {name[:80]!r}", subject=layer)
         return names
 
+    def lowers_on(self, parent: str) -> tuple[str, ...]:
+        """What ``lower`` of a layer on ``parent`` ("" for none) is to say."""
+        if not parent:
+            return ()
+        if not os.path.lexists(self.directory(parent)):
+            raise CorruptStorage("the parent layer has no directory", subject=parent)
+        return (f"l/{self.link(parent)}", *self.lower(parent))
+
     def lower_dirs(self, layer: str) -> tuple[Path, ...]:
         """Absolute paths of the short links below ``layer``, the nearest first.
 
@@ -203,13 +211,15 @@ class Overlay:
         its mode and owner if ``own_attributes``, else it gets ``attributes``
         (``root_attributes(parent)``), as an empty ``diff`` does.  ``additional`` is
         the layer's directory in an additional layer store, whose ``diff`` is linked
-        to instead.  What a crash left under the same id goes into ``bin_``.
+        to instead.  What is left under the same id goes into ``bin_``; its short name stays,
+        for layers whose record newer containers/storage forgot may have others on them.
         """
         own = self._own(layer)
-        lowers = self._lowers_on(parent)
+        lowers = self.lowers_on(parent)
         (self.home / _LINKS).mkdir(0o755, exist_ok=True)
+        name = short_name_of(own)
         if os.path.lexists(own):
-            _log.warning("the directory of layer %s is left over from a crash: removed", layer)
+            _log.warning("the directory of layer %s has no record: made anew", layer)
             self.detach(layer, bin_)
         try:
             _make(own, RootAttributes(0o700, 0, 0))
@@ -222,7 +232,7 @@ class Overlay:
                 _rename_staged(content, own / "diff")
                 if not own_attributes:
                     _set(own / "diff", attributes)
-            self._give_link(layer, own)
+            self._give_link(layer, own, name)
             owner = RootAttributes(0o700, attributes.uid, attributes.gid)
             _make(own / "work", owner)
             _make(own / "merged", owner)
@@ -278,6 +288,20 @@ class Overlay:
                     short.unlink()
         bin_.take(own)
 
+    def mend_lower(self, layer: str, parent: str) -> bool:
+        """Write ``lower`` of ``layer`` as the layers below make it; whether it was another."""
+        names = self.lowers_on(parent)
+        with contextlib.suppress(CorruptStorage):
+            if self.lower(layer) == names:
+                return False
+        path = self._own(layer) / "lower"
+        with atomic.storage_errors(path):
+            if names:
+                atomic.write_file(path, ":".join(names).encode(), mode=0o644)
+            else:
+                path.unlink()
+        return True
+
     def recreate_links(self) -> None:
         """Make ``l/`` and the ``link`` files agree again, as far as either is there.
 
@@ -318,13 +342,6 @@ class Overlay:
                 return layer
         return None
 
-    def _lowers_on(self, parent: str) -> tuple[str, ...]:
-        if not parent:
-            return ()
-        if not os.path.lexists(self.directory(parent)):
-            raise CorruptStorage("the parent layer has no directory", subject=parent)
-        return (f"l/{self.link(parent)}", *self.lower(parent))
-
     def _link_path(self, name: str, layer: str) -> Path:
         for attempt in range(2):
             for overlay in (self, *self.others):
@@ -338,14 +355,16 @@ class Overlay:
                         overlay.recreate_links()
         raise CorruptStorage(f"the layer below called {name} does not exist", subject=layer)
 
-    def _give_link(self, layer: str, directory: Path) -> None:
+    def _give_link(self, layer: str, directory: Path, name: str | None) -> None:
+        """``name`` if it is still free, else a new one."""
         while True:
-            name = "".join(secrets.choice(_ALPHABET) for _ in range(_LINK_CHARS))
+            name = name or "".join(secrets.choice(_ALPHABET) for _ in range(_LINK_CHARS))
             # In this order: a crash in between must not leave a link that nobody can ascribe.
             _write(directory / "link", name)
             with contextlib.suppress(FileExistsError):
                 os.symlink(_link_target(layer), self.home / _LINKS / name)
                 return
+            name = None
 
 
 def inherited_from(diff: Path, layer: str) -> RootAttributes:

@@ -8,8 +8,8 @@ config, and of each layer ``overlay/<id>/{additionallayer,diff,link,lower}``.
 A record is made again only if everything agrees: the layer's id follows, by the formula,
 from the ids below it and the TOC digest in the manifest (or the diff ID in the config),
 up to the top layer that the image names; ``additionallayer`` leads to a directory of that
-very digest; ``diff`` leads there; ``lower`` is what the layers below make it.  ``info`` of
-the store is asked for sizes, and may only confirm identities.  Where the store does not
+very digest; ``diff`` leads there.  ``lower`` follows from the layers below and is written as
+they make it: whoever pulled a lower one again meanwhile may have renamed it.  ``info`` of the store is asked for sizes, and may only confirm identities.  Where the store does not
 answer, the sizes are those of the manifest.
 
 The uses that the forgetful client told the store of are those of the new records: none is
@@ -78,6 +78,7 @@ def rebuild_image(
         for step in lost:
             if edit.get(step.id) is None:
                 _require_in_place(area.overlay, step)
+                area.overlay.mend_lower(step.id, step.parent)
                 edit.put(_record(step, facts[step.id]))
                 made.append(step.id)
         if made:
@@ -176,9 +177,6 @@ def _require_in_place(overlay: Overlay, step: _Step) -> Path:
         raise CorruptStorage(
             "diff leads to another place than additionallayer", subject=f"layer {step.id}"
         )
-    below = (f"l/{overlay.link(step.parent)}", *overlay.lower(step.parent)) if step.parent else ()
-    if overlay.lower(step.id) != below:
-        raise CorruptStorage("lower is not that of the layers below", subject=f"layer {step.id}")
     overlay.link(step.id)  # recreated where it is lost, refused where it cannot be
     return additional
 

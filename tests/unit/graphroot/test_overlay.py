@@ -117,6 +117,38 @@ def test_what_a_crash_left_is_replaced(overlay: Overlay) -> None:
     assert not overlay.tempdirs.exists()
 
 
+def test_what_stands_on_a_layer_without_a_record_still_finds_it_made_anew(
+    overlay: Overlay,
+) -> None:
+    create(overlay, "base")
+    create(overlay, "child", "base")
+    directory = create(overlay, "base")
+    (directory / "diff/new").write_text("x")
+    (path,) = overlay.lower_dirs("child")
+    assert os.listdir(path) == ["new"]
+
+
+def test_a_left_over_short_name_that_another_layer_has_is_not_taken(overlay: Overlay) -> None:
+    (create(overlay, "base") / "link").write_text(overlay.link((create(overlay, "other")).name))
+    create(overlay, "base")
+    assert overlay.link("base") != overlay.link("other")
+    assert os.readlink(overlay.home / "l" / overlay.link("other")) == "../other/diff"
+
+
+@pytest.mark.parametrize("text", ["l/AAAAAAAAAAAAAAAAAAAAAAAAAA", "nonsense", ""])
+def test_a_lower_is_mended(overlay: Overlay, text: str) -> None:
+    create(overlay, "base")
+    path = create(overlay, "child", "base") / "lower"
+    right = path.read_text()
+    assert not overlay.mend_lower("child", "base")
+    path.write_text(text)
+    assert overlay.mend_lower("child", "base")
+    assert path.read_text() == right
+    (overlay.directory("base") / "lower").write_text(right)
+    assert overlay.mend_lower("base", "")
+    assert overlay.lower("base") == ()
+
+
 def test_a_detached_layer_leaves_nothing(overlay: Overlay) -> None:
     create(overlay, "base")
     create(overlay, "child", "base")
