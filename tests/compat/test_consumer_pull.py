@@ -170,8 +170,22 @@ def test_the_records_are_those_that_podman_writes(
     registry: DebianRegistry,
     form: Pushed,
 ) -> None:
-    image = f"{registry.host}/{form.name}"
-    theirs, ours = make_podman_env(flavour), make_podman_env(flavour)
+    same_records(make_podman_env(flavour), make_podman_env(flavour), f"{registry.host}/{form.name}")
+
+
+def test_the_records_of_an_image_of_an_index_are_those_that_podman_writes(
+    make_podman_env: Callable[..., PodmanEnv],
+    flavour: Flavour,
+    push: Push,
+    registry: DebianRegistry,
+) -> None:
+    index = push(images.small_index(), "consumer/index:1")
+    same_records(
+        make_podman_env(flavour), make_podman_env(flavour), f"{registry.host}/{index.name}"
+    )
+
+
+def same_records(theirs: PodmanEnv, ours: PodmanEnv, image: str) -> None:
     theirs.podman("pull", "--quiet", image)
     ours.layerstore("pull", "--quiet", image)
 
@@ -182,14 +196,13 @@ def test_the_records_are_those_that_podman_writes(
             # Which documents come first, and what is said where there is nothing to say.
             record.pop("metadata", None)
             for key in ("big-data-sizes", "big-data-digests"):
-                record.get(key, {}).pop(f"signature-{_hex(record)}", None)
+                items = record.get(key, {})
+                for name in [name for name in items if name.startswith("signature-")]:
+                    del items[name]
             record["big-data-names"] = sorted(
                 key for key in record.get("big-data-names", []) if not key.startswith("signature")
             )
         return list(found)
-
-    def _hex(record: dict[str, Any]) -> str:
-        return str(record.get("digest", "")).removeprefix("sha256:")
 
     assert records(ours, "layers") == records(theirs, "layers")
     assert records(ours, "images") == records(theirs, "images")
@@ -211,6 +224,35 @@ def test_an_index_is_pulled_for_the_platform_asked_for(
     assert env.podman("inspect", "--format", "{{.Architecture}}", image).stdout.strip() == "arm64"
     assert arm["digest"] == ours["digest"]
     assert arm["id"] != ours["id"]
+
+
+def test_what_podman_pulled_of_an_index_is_an_image_like_any_other(
+    podman_env: PodmanEnv, flavour: Flavour, push: Push, registry: DebianRegistry
+) -> None:
+    env = podman_env
+    index = push(images.small_index(), "consumer/index:1")
+    image = f"{registry.host}/{index.name}"
+    theirs = env.podman("pull", "--quiet", image).stdout.strip()
+    (document,) = json.loads(env.layerstore("inspect", image).stdout)
+    (wanted,) = json.loads(env.podman("image", "inspect", image).stdout)
+    if flavour == "debian12":  # where it is the index's
+        del wanted["Digest"]
+    for key in wanted.keys() & {"Id", "Digest", "RepoDigests", "Architecture", "Parent"}:
+        assert document[key] == wanted[key], key
+    assert len(json.loads(env.layerstore("history", "--json", image).stdout)) == len(
+        json.loads(env.podman("history", "--format", "json", image).stdout)
+    )
+    for policy in ("missing", "never", "newer"):
+        assert pulled(env, image, "--policy", policy)["id"] == theirs
+    copy = f"{registry.host}/consumer/index-of-one:1"
+    env.layerstore("push", image, copy)
+    env.layerstore("save", "--output", env.tmp / "index.tar", image)
+    env.podman("rmi", image)
+    assert env.podman("pull", "--quiet", copy).stdout.strip() == theirs
+    env.podman("rmi", copy)
+    env.podman("load", "--input", env.tmp / "index.tar")
+    assert env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
+    nothing_wrong(env)
 
 
 def test_it_says_what_podman_says(

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lab import images
 from lab.podman import CommandError, Flavour, PodmanEnv
-from lab.rig import MakeRig, Pushed, Rig, graph_layers
+from lab.registry import DebianRegistry
+from lab.rig import MakeRig, Push, Pushed, Rig, graph_layers
 from layerstore import limits
 from layerstore.graphroot.records import LayerRecord
 from layerstore.graphroot.table import Table
@@ -71,6 +73,23 @@ def test_check_storage_makes_forgotten_records_again(
     rig.env.podman("save", "-o", rig.env.tmp / "saved.tar", image)
     rig.env.podman("rmi", image)
     assert graph_layers(rig.env) == []
+
+
+def test_an_image_of_an_index_is_no_worse_off(
+    flavour: Flavour, make_rig: MakeRig, push: Push, registry: DebianRegistry
+) -> None:
+    """Podman lists such an image with the digest of its index."""
+    rig = make_rig(flavour)
+    plain = push(images.small_index(), "forgotten/index:1")
+    lazy = "forgotten/index:lazy"
+    rig.env.layerstore(
+        "convert", f"docker://{registry.host}/{plain.name}", f"docker://{registry.host}/{lazy}"
+    )
+    image = rig.image(lazy)
+    rig.env.podman("pull", image)
+    assert forget_lazy_layers(rig.env)
+    rig.env.layerstore("check", "storage", "--repair")
+    assert rig.env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
 
 
 def test_a_pull_over_forgotten_layers_harms_nothing_that_stands_on_them(

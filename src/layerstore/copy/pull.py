@@ -199,7 +199,7 @@ def _local(store: Store, text: str, options: PullOptions) -> Image | None:
 
 
 def _as_it_is(image: Image) -> PullResult:
-    digest = image.digest or Digest.of(image.manifest())
+    manifest = Digest.of(image.manifest())
     layers = zip(
         image.parsed_manifest().layers,
         image.parsed_config().diff_ids,
@@ -208,8 +208,8 @@ def _as_it_is(image: Image) -> PullResult:
     )
     return PullResult(
         image.id,
-        digest,
-        digest,
+        image.digest or manifest,
+        manifest,
         image.names,
         tuple(
             LayerOutcome(blob.digest, diff_id, blob.size, How.SHARED, layer.id)

@@ -188,9 +188,9 @@ def in_place_by_word(record: LayerRecord, parent: str, wanted: WantedLayer) -> b
 
 
 class KnownImage(msgspec.Struct, frozen=True):
-    """What there is under an image id: the digests of its manifests, its config, its layer."""
+    """What there is under an image id: the digests of its manifest and config, its layer."""
 
-    digests: tuple[Digest, ...]
+    manifest: Digest | None
     config: Digest | None
     top_layer: str
 
@@ -228,7 +228,7 @@ def choose_image_id(
     for one, image in found.items():
         if image is None or image.top_layer != top_layer or image.config != config:
             continue
-        if manifest in image.digests[:1] or (one == usual and not by_toc):
+        if manifest == image.manifest or (one == usual and not by_toc):
             return ImageChoice(one, replace=True)
     # What is under the usual id is another image: as if containers/image had merged them.
     free = usual_layers and found[usual] is None

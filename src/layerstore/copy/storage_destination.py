@@ -333,7 +333,9 @@ class _Pull:
                     (key for key in image.record.big_data_names if key.startswith("sha256:")), None
                 )
                 return KnownImage(
-                    image.digests, None if config is None else Digest(config), image.top_layer
+                    image.manifest_digest,
+                    None if config is None else Digest(config),
+                    image.top_layer,
                 )
         return None
 

@@ -108,7 +108,7 @@ class StorageSource(ImageSource):
 
     def signatures(self, digest: Digest) -> tuple[bytes, ...]:
         """See ``ImageSource``."""
-        return self._image.signatures() if digest == self._image.digest else ()
+        return self._image.signatures() if digest == self._image.manifest_digest else ()
 
     def _is_kept(self, layer: Layer, digest: Digest) -> bool:
         """Whether a layer store has the blob with this digest beside the layer.

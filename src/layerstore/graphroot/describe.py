@@ -80,7 +80,7 @@ def image_document(image: Image) -> dict[str, Any]:
     size = image.size()
     return {
         "Id": image.id,
-        "Digest": image.digest or "",
+        "Digest": image.manifest_digest or "",  # as Podman 5; Podman 4 names the index here
         "RepoTags": [name for name in image.names if "@" not in name],
         "RepoDigests": repo_digests(image),
         "Parent": parents(image.store.images()).get(image.id, ""),

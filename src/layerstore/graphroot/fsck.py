@@ -369,8 +369,8 @@ def _below(layers: LayerEdit, tops: Iterable[str]) -> set[str]:
 
 def _mended(directory: Path, image: ImageRecord) -> ImageRecord | None:
     """The record after its items were restored where a copy proves what they were."""
-    copies = (bigdata.MANIFEST, f"{bigdata.MANIFEST}-{image.digest}")
-    manifest = _intact(directory, copies, str(image.digest))
+    copies = (bigdata.MANIFEST, f"{bigdata.MANIFEST}-{image.manifest_digest}")
+    manifest = _intact(directory, copies, str(image.manifest_digest))
     listed = bigdata.BigData.of(image)
     for key in image.big_data_names:
         if not check.image_data_problem(directory, image, key):

@@ -189,8 +189,10 @@ def check_replaceable(old: ImageRecord, layer: str, digest: Digest, replace: boo
     """Raise ``InUse`` if ``old`` is another image than this one; see ``Store.put_image``."""
     if old.layer != layer:
         raise InUse("an image of this id has another top layer", subject=old.id)
-    if old.digest != digest and not replace:
-        raise InUse(f"an image of this id has another manifest, {old.digest}", subject=old.id)
+    if old.manifest_digest != digest and not replace:
+        raise InUse(
+            f"an image of this id has another manifest, {old.manifest_digest}", subject=old.id
+        )
 
 
 def creation_time(text: str) -> str:
@@ -243,12 +245,17 @@ class Image:
 
     @property
     def digest(self) -> Digest | None:
-        """The digest of its manifest."""
+        """The digest that it is listed with: its manifest's or, as Podman does, its index's."""
         return self.record.digest
 
     @property
+    def manifest_digest(self) -> Digest | None:
+        """The digest of its manifest."""
+        return self.record.manifest_digest
+
+    @property
     def digests(self) -> tuple[Digest, ...]:
-        """All digests it can be asked for by: its manifest's first, then an index's."""
+        """All digests it can be asked for by: its manifest's and an index's."""
         return self.record.digests
 
     @property
@@ -274,7 +281,7 @@ class Image:
 
     def manifest(self) -> bytes:
         """The manifest, verified against its digest."""
-        digest = self.digest
+        digest = self.manifest_digest
         if digest is None:
             return self.big_data(MANIFEST)
         key = f"{MANIFEST}-{digest}"
@@ -311,8 +318,9 @@ class Image:
         """The signatures of the manifest, as they were stored."""
         try:
             metadata = json.loads(self.record.metadata or "{}")
-            sizes = metadata.get("signatures-sizes", {}).get(str(self.digest)) or []
-            key = f"signature-{self.digest.hex}" if self.digest and sizes else SIGNATURES
+            digest = self.manifest_digest
+            sizes = metadata.get("signatures-sizes", {}).get(str(digest)) or []
+            key = f"signature-{digest.hex}" if digest and sizes else SIGNATURES
             sizes = sizes or metadata.get("signature-sizes") or []
             counts = [int(size) for size in sizes]
         except (ValueError, AttributeError, TypeError) as error:

@@ -337,7 +337,10 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image.  ``digest`` is its manifest's, ``layer`` the id of its top layer ("" for none).
+    """One image.  ``layer`` is the id of its top layer ("" for none).
+
+    ``digest`` is that of its manifest, or of the index through which that was chosen:
+    containers/storage takes the first one that was stored.
 
     ``metadata`` is itself JSON (sizes of signatures).  ``names_history`` has the newest first.
     """
@@ -355,6 +358,11 @@ class ImageRecord:
     created: str = ZERO_TIME
     flags: Mapping[str, Any] = field(default_factory=dict, hash=False)
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def manifest_digest(self) -> Digest | None:
+        """The digest of its manifest, which is stored as ``manifest``."""
+        return self.big_data_digests.get("manifest", self.digest)
 
     @property
     def digests(self) -> tuple[Digest, ...]:

@@ -338,44 +338,45 @@ class Store:
         check_names(names)
         check_documents(manifest, manifest_type, config)
         digest = bigdata.manifest_digest(manifest)
+        documents = [index] if index is not None and index != manifest else []
         items = [(str(Digest.of(config)), config)]
-        if index is not None and index != manifest:
-            items.append((f"manifest-{Digest.of(index)}", index))
-        items += [(f"manifest-{digest}", manifest), (bigdata.MANIFEST, manifest)]
+        items += [(f"{bigdata.MANIFEST}-{Digest.of(found)}", found) for found in documents]
+        items += [(f"{bigdata.MANIFEST}-{digest}", manifest), (bigdata.MANIFEST, manifest)]
         metadata, signed = signature_items(digest, signatures)
-        items += signed
+        new = ImageRecord(
+            id=image_id,
+            digest=Digest.of(documents[0]) if documents else digest,
+            layer=layer,
+            created=creation_time(created),
+            metadata=metadata,
+        )
         with self.layer_area.table.lock.reading():
             # Whoever deletes layers holds this lock for writing, so the layer stays.
             if layer and layer not in {found.id for found in self.layers()}:
                 raise _no_layer(layer)
-            return self._put_image(
-                image_id, layer, names, digest, created, items, metadata, replace
-            )
+            return self._put_image(new, digest, names, [*items, *signed], replace)
 
     def _put_image(
         self,
-        image_id: str,
-        layer: str,
+        new: ImageRecord,
+        manifest: Digest,
         names: Sequence[str],
-        digest: Digest,
-        created: str,
         items: Sequence[tuple[str, bytes]],
-        metadata: str,
         replace: bool,
     ) -> Image:
         with self.image_area.editing() as edit:
-            old = edit.get(image_id)
-            if old is None:
-                edit.clear_directory(image_id)
-                old = ImageRecord(
-                    id=image_id, layer=layer, created=creation_time(created), metadata=metadata
-                )
+            record = edit.get(new.id)
+            if record is None:
+                edit.clear_directory(new.id)
+                record = new
             else:
-                check_replaceable(old, layer, digest, replace)
-                if metadata != NO_SIGNATURES or old.digest != digest:
-                    old = dataclasses.replace(old, metadata=metadata)
-            record = dataclasses.replace(edit.write(old, items), digest=digest)
-            record = with_names(record, [*names, *record.names])
+                check_replaceable(record, new.layer, manifest, replace)
+                changed = record.manifest_digest != manifest
+                if changed or new.metadata != NO_SIGNATURES:
+                    record = dataclasses.replace(record, metadata=new.metadata)
+                if changed or record.digest is None:
+                    record = dataclasses.replace(record, digest=new.digest)
+            record = with_names(edit.write(record, items), [*names, *record.names])
             edit.put(record)
             edit.save()
         return Image(record, self.image_area, self)

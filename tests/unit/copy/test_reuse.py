@@ -191,16 +191,16 @@ def choose(
 
 def test_an_image_is_named_after_its_config() -> None:
     assert choose((None, None), {}) == ImageChoice(CONFIG.hex, replace=False)
-    same_layers = KnownImage((digest("another manifest"),), CONFIG, "top")
+    same_layers = KnownImage(digest("another manifest"), CONFIG, "top")
     assert choose((None,), {CONFIG.hex: same_layers}) == ImageChoice(CONFIG.hex, replace=True)
 
 
 def test_an_image_whose_layers_are_others_keeps_its_id() -> None:
-    unchecked = KnownImage((MANIFEST,), CONFIG, "other top")
+    unchecked = KnownImage(MANIFEST, CONFIG, "other top")
     chosen = choose((None,), {CONFIG.hex: unchecked})
     assert chosen.id != CONFIG.hex
     assert not chosen.replace
-    ours = KnownImage((MANIFEST,), CONFIG, "top")
+    ours = KnownImage(MANIFEST, CONFIG, "top")
     again = choose((None,), {CONFIG.hex: unchecked, chosen.id: ours})
     assert again == ImageChoice(chosen.id, replace=True)
 
@@ -208,7 +208,7 @@ def test_an_image_whose_layers_are_others_keeps_its_id() -> None:
 def test_an_image_of_stand_in_layers_leaves_the_usual_id_to_others() -> None:
     chosen = choose_image_id(CONFIG, MANIFEST, (None,), "top", lambda _: None, usual_layers=False)
     assert chosen.id != CONFIG.hex
-    mine = {chosen.id: KnownImage((MANIFEST,), CONFIG, "top")}
+    mine = {chosen.id: KnownImage(MANIFEST, CONFIG, "top")}
     again = choose_image_id(CONFIG, MANIFEST, (None,), "top", mine.get, usual_layers=False)
     assert again == ImageChoice(chosen.id, replace=True)
 
@@ -221,20 +221,20 @@ def test_tocs_go_into_the_id_with_the_config() -> None:
 
 def test_an_image_of_equal_tocs_and_another_manifest_is_another_image() -> None:
     usual = image_id(CONFIG, (TOC,))
-    there = KnownImage((digest("m2"),), CONFIG, "top")
+    there = KnownImage(digest("m2"), CONFIG, "top")
     chosen = choose((TOC,), {usual: there})
     assert chosen.id != usual
     assert not chosen.replace
-    mine = KnownImage((MANIFEST,), CONFIG, "top")
+    mine = KnownImage(MANIFEST, CONFIG, "top")
     assert choose((TOC,), {usual: mine}) == ImageChoice(usual, replace=True)
 
 
 def test_the_id_of_released_versions_is_recognised_for_this_very_image_only() -> None:
     released = released_image_id((TOC,))
-    mine = KnownImage((MANIFEST,), CONFIG, "top")
+    mine = KnownImage(MANIFEST, CONFIG, "top")
     assert choose((TOC,), {released: mine}) == ImageChoice(released, replace=True)
     for other in (
-        structs.replace(mine, digests=(digest("m2"), MANIFEST)),
+        structs.replace(mine, manifest=digest("m2")),
         structs.replace(mine, config=digest("c2")),
         structs.replace(mine, top_layer="elsewhere"),
     ):
