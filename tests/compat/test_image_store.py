@@ -68,6 +68,27 @@ def test_images_appear_without_a_pull_and_run_lazily(site: Site, small: Pushed) 
     assert json.loads(site.ours("check", "storage", "--json").stdout)["clean"]
 
 
+def test_a_name_that_a_client_gives(site: Site, small: Pushed) -> None:
+    """Podman 4 writes a record without big data for it, Podman 5 one with a copy."""
+    image = site.rig.image(small.name)
+    site.pull(image)
+    for env in site.clients:
+        env.podman("tag", image, "localhost/tagged:1")
+        ours = json.loads(env.layerstore("images", "--json").stdout)
+        assert {name for one in ours for name in one["Names"]} == {image, "localhost/tagged:1"}
+        for name in ("tagged:1", image):
+            (document,) = json.loads(env.layerstore("inspect", name).stdout)
+            (theirs,) = json.loads(env.podman("image", "inspect", name).stdout)
+            assert document["Id"] == theirs["Id"]
+        saved = env.tmp / "tagged.tar"
+        env.layerstore("save", "--output", saved, "localhost/tagged:1")
+        again = env.layerstore("pull", "--json", "--policy", "missing", "localhost/tagged:1")
+        assert json.loads(again.stdout)[0]["id"] == theirs["Id"]
+        assert json.loads(env.layerstore("check", "storage", "--json").stdout)["clean"]
+        env.layerstore("untag", "localhost/tagged:1", "localhost/tagged:1")
+        assert env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
+
+
 def test_removal_waits_for_running_and_stopped_containers(site: Site, small: Pushed) -> None:
     image = site.rig.image(small.name)
     site.pull(image)

@@ -296,8 +296,15 @@ def _images(view: _View) -> None:
             problem = image_data_problem(directory, image, key)
             if problem:
                 view.add(Kind.IMAGE_DATA, image.id, f"{key}: {problem}")
-        if image.layer and bigdata.MANIFEST not in image.big_data_names:
+        if image.layer and lacks_manifest(view.store, image):
             view.add(Kind.IMAGE_DATA, image.id, "it has no manifest")
+
+
+def lacks_manifest(store: Store, image: ImageRecord) -> bool:
+    """Whether nobody has the manifest of ``image``: it may be in an additional image store."""
+    return bigdata.MANIFEST not in image.big_data_names and not any(
+        record.id == image.id for area in store.image_areas[1:] for record in area.records()
+    )
 
 
 def image_data_problem(directory: Path, image: ImageRecord, key: str) -> str:

@@ -259,7 +259,7 @@ class _Repair:
             return False
         directory = self.store.image_area.image_directory(image.id)
         problems = (check.image_data_problem(directory, image, key) for key in image.big_data_names)
-        return bigdata.MANIFEST not in image.big_data_names or any(problems)
+        return check.lacks_manifest(self.store, image) or any(problems)
 
     def orphans(self) -> None:
         """Remove directories and files that no record knows."""

@@ -18,7 +18,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -233,6 +233,26 @@ class Image:
     record: ImageRecord
     area: ImageArea = field(repr=False, compare=False)
     store: Store = field(repr=False, compare=False)
+    lender: ImageArea | None = field(default=None, repr=False, compare=False)
+    """The additional image store whose big data these are; None: those of ``area``."""
+
+    def completed(self, other: Image, taken: Collection[str]) -> Image:
+        """With the big data of the same image in an additional image store, if it has none.
+
+        Podman up to 4 names an image of such a store by a record without big data and without
+        the names that it has there.  It keeps those of them that are not ``taken`` by others.
+        """
+        if MANIFEST in self.record.big_data_names or self.lender is not None:
+            return self
+        names = (*self.names, *(name for name in other.names if name not in taken))
+        record = replace(
+            self.record,
+            names=tuple(dict.fromkeys(names)),
+            digest=self.record.digest or other.record.digest,
+            metadata=other.record.metadata,
+        )
+        record = bigdata.BigData.of(other.record).put_into(record)
+        return Image(record, self.area, self.store, other.area)
 
     @property
     def id(self) -> str:
@@ -277,7 +297,7 @@ class Image:
         """One item of its big data; raises ``CorruptStorage`` if it is not there."""
         if key not in self.record.big_data_names:
             raise CorruptStorage(f"the image has no {key!r}", subject=self.id)
-        return bigdata.read(self.area.image_directory(self.id), key)
+        return bigdata.read((self.lender or self.area).image_directory(self.id), key)
 
     def manifest(self) -> bytes:
         """The manifest, verified against its digest."""

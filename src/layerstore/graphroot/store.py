@@ -302,9 +302,15 @@ class Store:
     def images(self) -> list[Image]:
         """All images, those of the graph root itself first."""
         found: dict[str, Image] = {}
+        taken: set[str] = set()
         for area in self.image_areas:
-            for record in area.records():
-                found.setdefault(record.id, Image(record, area, self))
+            records = area.records()
+            for record in records:
+                image = Image(record, area, self)
+                first = found.setdefault(record.id, image)
+                if first is not image:
+                    found[record.id] = first.completed(image, taken)
+            taken.update(name for record in records for name in record.names)
         return list(found.values())
 
     def image(self, text: str) -> Image:

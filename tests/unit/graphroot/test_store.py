@@ -23,11 +23,12 @@ from layerstore.errors import (
     VerificationError,
 )
 from layerstore.graphroot import als
+from layerstore.graphroot.check import Kind, check
 from layerstore.graphroot.identity import layer_id
 from layerstore.graphroot.layers import Addition
 from layerstore.graphroot.offers import AlsOffer
 from layerstore.graphroot.overlay import Overlay, RootAttributes
-from layerstore.graphroot.records import ContainerRecord
+from layerstore.graphroot.records import ContainerRecord, ImageRecord
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.staging import StagingLost
 from layerstore.graphroot.storageconf import LayerStoreSpec, StorageConfig
@@ -531,6 +532,28 @@ def test_an_image_of_another_store_gets_a_name_here(store: Store, client: Store)
     assert client.remove_image(image.id, force=True).deleted_layers == ()
     assert store.image(image.id).layers()
     assert client.image(image.id).read_only
+
+
+def test_an_image_of_another_store_that_podman_4_named_here(store: Store, client: Store) -> None:
+    """Its record here has no big data, and none of the names that it has there."""
+    image = handmade.put_image(store, ["quay.io/a/b:1", "quay.io/a/taken:1"], [BASE])
+    other = handmade.put_image(client, ["quay.io/a/taken:1"], [MIDDLE])
+    with client.image_area.editing() as edit:
+        edit.put(
+            ImageRecord(image.id, names=("localhost/new:1",), layer=image.top_layer, metadata="{}")
+        )
+        edit.save()
+    found = client.image("new:1")
+    assert found.manifest() == image.manifest()
+    assert found.names == ("localhost/new:1", "quay.io/a/b:1")
+    assert not found.read_only
+    assert client.image("quay.io/a/b:1").id == image.id
+    assert client.image("quay.io/a/taken:1").id == other.id
+    assert check(client).findings == ()
+    client.add_names(image.id, ["localhost/newer:1"])
+    assert client.image("newer:1").config() == image.config()
+    store.remove_image(image.id, force=True)
+    assert {found.kind for found in check(client).findings} >= {Kind.IMAGE_DATA}
 
 
 def test_a_store_that_is_not_there(tmp_path: Path) -> None:
