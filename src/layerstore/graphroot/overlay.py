@@ -80,10 +80,15 @@ class Overlay:
         """Where staged and deleted layers lie for a while."""
         return self.home / TEMPDIRS
 
-    def prepare(self) -> None:
-        """Make the directories that every overlay has."""
+    def prepare(self, *, mount_program: bool = False) -> None:
+        """Make what every overlay has; ``mount_program``: note that one mounts these layers.
+
+        Whoever opens the graph root without that setting then knows how whiteouts were written.
+        """
         self.home.mkdir(0o700, exist_ok=True)
         (self.home / _LINKS).mkdir(0o755, exist_ok=True)
+        if mount_program and not self.has_mount_program:
+            atomic.write_file(self.home / _MOUNT_PROGRAM, b"true")
 
     def sync(self) -> None:
         """Write the whole file system to disk (the setting ``overlay.sync=filesystem``)."""

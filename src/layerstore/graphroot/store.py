@@ -112,7 +112,7 @@ class Store:
             root.mkdir(0o700, parents=True, exist_ok=True)
             run.mkdir(0o700, parents=True, exist_ok=True)
             with LockFile.at(root / "storage.lock").writing():
-                self.layer_area.overlay.prepare()
+                self.layer_area.overlay.prepare(mount_program=bool(self.config.mount_program))
                 for path in (
                     self.layer_area.directory,
                     self.image_area.directory,

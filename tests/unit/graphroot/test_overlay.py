@@ -240,6 +240,10 @@ def test_layers_of_an_image_store(overlay: Overlay, tmp_path: Path) -> None:
 
 def test_the_mark_of_a_mount_program(overlay: Overlay) -> None:
     assert not overlay.has_mount_program
-    (overlay.home / ".has-mount-program").write_text("true")
+    overlay.prepare(mount_program=True)
+    assert overlay.has_mount_program
+    assert (overlay.home / ".has-mount-program").read_bytes() == b"true"
+    assert mode(overlay.home / ".has-mount-program") == 0o600
+    overlay.prepare()
     assert overlay.has_mount_program
     assert overlay.layers() == []

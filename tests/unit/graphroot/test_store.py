@@ -478,6 +478,12 @@ def test_the_index_is_kept(store: Store) -> None:
     assert store.image(f"quay.io/a/b@{Digest.of(index)}").id == image.id
 
 
+def test_who_opens_the_graph_root_without_its_mount_program_knows_of_it(tmp_path: Path) -> None:
+    places = (tmp_path / "root", tmp_path / "run")
+    Store.open(StorageConfig(*places, mount_program="/usr/bin/fuse-overlayfs"))
+    assert Store.open(StorageConfig(*places)).whiteouts is WhiteoutStyle.AUFS
+
+
 # -- additional image stores -------------------------------------------------------------
 
 
