@@ -395,7 +395,9 @@ def test_putting_an_image_again_adds_names(store: Store) -> None:
     assert store.images() == [again]
 
 
-@pytest.mark.parametrize("name", ["alpine", "quay.io/a/b", "localhost/UPPER:1", "", "a b"])
+@pytest.mark.parametrize(
+    "name", ["alpine", "quay.io/a/b", "localhost/UPPER:1", "", "a b", "[::1]:5000/a:1"]
+)
 def test_names_are_full(store: Store, name: str) -> None:
     with pytest.raises(UsageError):
         handmade.put_image(store, [name], [BASE])
