@@ -119,9 +119,32 @@ def test_intermediate_images_and_history_have_the_same_text(env: PodmanEnv, ours
     assert same_text(env, ours, "history", "-q", NAME).splitlines()[1:] == ["<missing>"] * 2
 
 
+def test_a_base_that_several_steps_lie_above_stays(
+    env: PodmanEnv, ours: Ours, workspace: Path
+) -> None:
+    (workspace / "f").write_text("x")
+    steps = workspace / "Containerfile"
+    steps.write_text(f"FROM {NAME}\nCOPY f /f\n")
+    base = env.podman("build", "-q", "-t", "base", "-f", steps, workspace).stdout.strip()
+    steps.write_text("FROM localhost/base\nENV a=b\nCOPY f /g\nENV c=d\n")
+    build = ("build", "-q", "--layers=false", "-t", "app", "-f", steps, workspace)
+    app = env.podman(*build).stdout.strip()
+    env.podman("untag", "base")
+    # Podman sorts by full seconds, in which both may have been made.
+    lines = [_ageless(shown("images").stdout).splitlines() for shown in (env.podman, ours)]
+    assert sorted(lines[0]) == sorted(lines[1])
+    assert base[:12] in same_text(env, ours, "images", "--filter", "dangling=true")
+    (theirs,) = json.loads(env.podman("image", "inspect", "app").stdout)
+    (document,) = ours.json("inspect", "app")
+    assert document["Parent"] == theirs["Parent"] == ""
+    assert _steps(ours("history", "app").stdout) == _steps(env.podman("history", "app").stdout)
+    assert f"Deleted: {app}\n" in ours("rmi", "app").stdout
+    assert base[:12] in same_text(env, ours, "images")
+
+
 def _steps(text: str) -> list[str]:
     without_age = re.sub(r"(Less than a|About a|\d+) (second|minute|year)s? ago", "", text)
-    return re.sub(r"(\d)(kB|MB)", r"\1 \2", without_age).split()
+    return re.sub(r"(\d)(kB|MB|B)\b", r"\1 \2", without_age).split()
 
 
 def test_inspect_has_all_that_podman_tells(env: PodmanEnv, ours: Ours) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,21 +199,19 @@ def human_size(size: float, *, space: bool = True, digits: int = 3) -> str:
     return f"{size / 1000**step:.{digits}g}{' ' if space else ''}{_UNITS[step]}"
 
 
-def parse_time(text: str) -> datetime:
-    """A time in RFC 3339, with up to nine digits of a second; year 1 if it is none."""
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return datetime.min.replace(tzinfo=UTC)
-
-
-_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+_MINUTE, _HOUR = 60, 3600
+_LONGEST = (2**63 - 1) // 10**9  # seconds; Go's durations end after 292 years
 
 
 def human_age(created: str, *, now: float | None = None) -> str:
-    """``3 weeks ago``: the words that Podman has for the time since ``created`` (RFC 3339)."""
-    then = parse_time(created).timestamp() if parse_time(created).year > 1 else -62135596800
-    seconds = int((time.time() if now is None else now) - then)
+    """``3 weeks ago``: the words that Podman has for the time since ``created``.
+
+    What is no time (RFC 3339) was as long ago as Podman can tell.
+    """
+    from layerstore.graphroot.records import ZERO_TIME, parse_time  # noqa: PLC0415
+
+    then = parse_time(created if parse_time(created) is not None else ZERO_TIME) or 0
+    seconds = min(int((time.time() if now is None else now) - then / 10**9), _LONGEST)
     hours = int(seconds / _HOUR + 0.5)
     if seconds < 1:
         said = "Less than a second"

@@ -24,7 +24,7 @@ from layerstore.graphroot.images import Image, ImageArea, with_names
 from layerstore.graphroot.layers import Layer, LayerArea
 from layerstore.graphroot.published import Published
 from layerstore.graphroot.records import ContainerRecord, ImageRecord, LayerRecord
-from layerstore.graphroot.usage import parents
+from layerstore.graphroot.usage import origins
 
 if TYPE_CHECKING:
     from layerstore.graphroot.store import Store
@@ -168,15 +168,15 @@ def delete_layer(
 def remove_with_parents(
     store: Store, images: Sequence[Image], image: Image, name: str, *, force: bool
 ) -> Removed:
-    """``remove_image``, then the nameless images that only the deleted one was built from."""
-    above = parents(images) if not all(other.names for other in images) else {}
+    """``remove_image``, then the nameless images of which only the deleted one was the next step."""
+    above = origins(images) if not all(other.names for other in images) else {}
     areas = store.layer_area, store.image_area, store.container_area
     published = store.published
     removed = remove_image(*areas, image.id, name, force=force, published=published)
     child = removed.deleted_image
     while child is not None:
-        parent = above.pop(child, None)
-        if parent is None or parent in above.values():
+        parent = next(iter(above.pop(child, ())), None)
+        if parent is None or any(parent in others for others in above.values()):
             break
         try:
             more = remove_image(*areas, parent, "", only_nameless=True, published=published)
@@ -246,7 +246,8 @@ def prune(store: Store, *, all_images: bool) -> list[Removed]:
         used = {container.image_id for container in store.containers()}
         kept = used | tried
         if not all_images:
-            kept |= {image.id for image in own if image.names} | set(parents(own).values())
+            kept |= {image.id for image in own if image.names}
+            kept.update(*origins(own).values())
         found = [image.id for image in own if image.id not in kept]
         if not found:
             return removed

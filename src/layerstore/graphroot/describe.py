@@ -51,22 +51,35 @@ def image_or_container(store: Store, text: str) -> Image | Container:
 
 
 def history(image: Image) -> list[Step]:
-    """The steps of ``image``, the newest first; raises ``StorageError``."""
-    known = _ancestors(image)
+    """The steps of ``image``, the newest first; raises ``StorageError``.
+
+    As Podman shows them (containers/common, libimage/history.go): a step has the id of an image
+    with the layers that are there after it, and their names; each id stands at the newest step only.
+    """
+    on_top: dict[str, list[Image]] = {}
+    for one in (image, *image.store.images()):
+        with_layer = on_top.setdefault(one.top_layer, [])
+        if one.top_layer and one not in with_layer:
+            with_layer.append(one)
     found: list[Step] = []
-    steps = image.history()
-    for number, step in reversed(list(enumerate(steps))):
-        at = image if number == len(steps) - 1 else known.get(number + 1)
+    shown: set[str] = set()
+    layers = image.layers()
+    for step in reversed(image.history()):
+        here = on_top.get(layers[-1].id, []) if layers else []
+        identity = here[0].id if here and here[0].id not in shown else MISSING
+        shown.add(identity)
         found.append(
             Step(
-                id=at.id if at is not None else MISSING,
+                id=identity,
                 created=step.created,
                 created_by=step.created_by,
                 size=step.layer.size() if step.layer is not None else 0,
                 comment=step.comment,
-                tags=at.names if at is not None else (),
+                tags=tuple(name for one in here for name in one.names),
             )
         )
+        if layers and not step.empty_layer:
+            layers.pop()
     return found
 
 
@@ -185,18 +198,6 @@ def _config(image: Image) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CorruptStorage("the config is no JSON object", subject=image.id)
     return document
-
-
-def _ancestors(image: Image) -> dict[int, Image]:
-    """Length of its history -> image, for the images that ``image`` was made from."""
-    images = {one.id: one for one in reversed(image.store.images())}
-    above = parents(list(images.values()))
-    found: dict[int, Image] = {}
-    at = above.get(image.id)
-    while at is not None:
-        found[len(images[at].history())] = images[at]
-        at = above.get(at)
-    return found
 
 
 def summary_document(summary: ImageSummary) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from layerstore.errors import (
 )
 from layerstore.graphroot import atomic, bigdata
 from layerstore.graphroot.overlay import checked_component
-from layerstore.graphroot.records import ZERO_TIME, ImageRecord, dumps, parse_time, time_text
+from layerstore.graphroot.records import ZERO_TIME, ImageRecord, dumps, now, parse_time, same_time
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.table import Table
 from layerstore.image import Digest, ImageConfig, Index, Manifest, Reference, parse_config
@@ -196,9 +196,14 @@ def check_replaceable(old: ImageRecord, layer: str, digest: Digest, replace: boo
 
 
 def creation_time(text: str) -> str:
-    """What a config says about its time of creation, as a record wants it."""
-    moment = parse_time(text)
-    return ZERO_TIME if moment is None else time_text(moment)
+    """What a config says about its time of creation, as a record wants it: as it is.
+
+    For none, or Go's zero time, it is the present (containers/storage, images.go, "create").
+    """
+    written = same_time(text)
+    if written is None or parse_time(written) == parse_time(ZERO_TIME):
+        return now()
+    return written
 
 
 def signature_items(

@@ -32,6 +32,10 @@ _RFC3339: Final = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[Tt](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?([Zz]|[+-]\d\d:\d\d)"
 )
 _SECOND: Final = 1_000_000_000  # in nanoseconds
+# The calendar repeats itself after 400 years: ``datetime`` has the years 1 to 9999 only, and a
+# zone can lead out of them.
+_CYCLE: Final = 146_097 * 86_400  # in seconds
+_EPOCH_2000: Final = 946_684_800  # 2000-01-01 in seconds since 1970
 # Go escapes these for the sake of HTML and JavaScript.
 _GO_ESCAPES: Final = {
     ord(char): f"\\u{ord(char):04x}" for char in ("<", ">", "&", "\u2028", "\u2029")
@@ -454,7 +458,10 @@ def now() -> str:
 def time_text(nanoseconds: int) -> str:
     """Nanoseconds since 1970 as records give them."""
     seconds, fraction = divmod(nanoseconds, _SECOND)
-    text = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}".rjust(19, "0")
+    cycles, rest = divmod(seconds - _EPOCH_2000, _CYCLE)
+    moment = datetime.fromtimestamp(_EPOCH_2000 + rest, UTC)
+    year = moment.year + 400 * cycles
+    text = f"{'-' * (year < 0)}{abs(year):04d}-{moment:%m-%dT%H:%M:%S}"
     digits = f"{fraction:09d}".rstrip("0")
     return f"{text}.{digits}Z" if digits else f"{text}Z"
 
@@ -469,9 +476,21 @@ def parse_time(text: str) -> int | None:
     offset = 0
     if zone not in "Zz":
         offset = (int(zone[1:3]) * 60 + int(zone[4:6])) * 60 * (-1 if zone[0] == "-" else 1)
+    cycles, year = divmod(year - 2000, 400)
     try:
-        moment = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
+        moment = datetime(2000 + year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError:
         return None
-    seconds = round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()) - offset
+    seconds = round(moment.timestamp()) + cycles * _CYCLE - offset
     return seconds * _SECOND + int((fraction or "0").ljust(9, "0"))
+
+
+def same_time(text: str) -> str | None:
+    """``text``, an RFC 3339 time, as Go writes it again: its zone stays; None if it is none."""
+    match = _RFC3339.fullmatch(text)
+    if match is None or parse_time(text) is None:
+        return None
+    fraction, zone = (match[7] or "").rstrip("0"), match[8]
+    if zone[1:] in ("", "00:00"):
+        zone = "Z"
+    return f"{text[:10]}T{text[11:19]}{'.' * bool(fraction)}{fraction}{zone}"

@@ -3,8 +3,10 @@
 An image without names is *dangling*.  A dangling image from which another one was made (an
 earlier step of a build) is *intermediate*: Podman's list leaves it out, and it cannot simply go.
 That an image was made from another is said nowhere; it follows from the configs, as Podman
-decides it: the parent's layers are the first of the child's, and so are the steps of its history,
-of which the child has more.
+decides it (containers/common, libimage, "areParentAndChild"): the parent has the child's top
+layer or the one below it, its layers are the first of the child's, and so are the steps of its
+history, of which the child has exactly one more.  What a build made in several steps at once
+(``--layers=false``) has no parent.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from layerstore.errors import InvalidReference, LayerstoreError, UsageError
@@ -85,8 +86,8 @@ def summaries(
     wanted = wanted or ImageFilter()
     images = store.images()
     # Only an image without names can be intermediate; reading every config takes its time.
-    above = parents(images) if with_parents or not all(image.names for image in images) else {}
-    with_children = set(above.values())
+    above = origins(images) if with_parents or not all(image.names for image in images) else {}
+    with_children = {parent for found in above.values() for parent in found}
     named = [_lookup(store, pattern) for pattern in wanted.references]
     used: dict[str, int] = {}
     for container in store.containers():
@@ -108,7 +109,7 @@ def summaries(
             )
         ):
             continue
-        parent = above.get(image.id, "")
+        parent = next(iter(above.get(image.id, ())), "")
         size = sizes.of(image.top_layer) + sum(image.record.big_data_sizes.values())
         found.append(ImageSummary(image, size, used.get(image.id, 0), parent, intermediate))
     found.sort(key=lambda item: -(parse_time(item.image.created) or 0))
@@ -117,21 +118,30 @@ def summaries(
 
 def parents(images: Sequence[Image]) -> dict[str, str]:
     """Image id -> id of the image it was made from, where that is there."""
-    origins = {image.id: origin for image in images if (origin := _origin(image)) is not None}
-    complete: dict[int, list[str]] = {}
-    for image, origin in origins.items():
-        complete.setdefault(origin.chain[-1], []).append(image)
-    found: dict[str, str] = {}
-    for child, origin in origins.items():
-        earlier = (
-            image
-            for mark in reversed(origin.chain[:-1])
-            for image in complete.get(mark, ())
-            if image != child and origins[image].is_before(origin)
-        )
-        nearest = next(earlier, None)
-        if nearest is not None:
-            found[child] = nearest
+    return {child: nearest for child, (nearest, *_) in origins(images).items()}
+
+
+def origins(images: Sequence[Image]) -> dict[str, tuple[str, ...]]:
+    """Image id -> ids of all images it may have been made from, its parent first.
+
+    There are several when images differ in their configs only; each of them has the child, and
+    the child has but one parent.
+    """
+    if not images:
+        return {}
+    below = {layer.id: layer.parent for layer in images[0].store.layers()}
+    made = {image.id: made for image in images if (made := _made(image)) is not None}
+    complete: dict[tuple[str, int], list[str]] = {}
+    for image, how in made.items():
+        complete.setdefault((how.top_layer, len(how.history)), []).append(image)
+    found: dict[str, tuple[str, ...]] = {}
+    for child, how in made.items():
+        before = len(how.history) - 1
+        near = complete.get((how.top_layer, before), [])
+        if parent_layer := below.get(how.top_layer):
+            near = near + complete.get((parent_layer, before), [])
+        if earlier := tuple(image for image in near if made[image].is_before(how)):
+            found[child] = earlier
     return found
 
 
@@ -168,38 +178,36 @@ def reference_matches(name: str, pattern: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
-    """How an image came about: its layers and the steps of its history, the oldest first.
+class _Made:
+    """How an image came about: its layers and the steps of its history, the oldest first."""
 
-    ``chain`` has a hash for each beginning of the history, so that the images made in one of its
-    steps are found without comparing all with all.
-    """
-
+    top_layer: str
     diff_ids: tuple[str, ...]
-    history: tuple[str, ...]
-    chain: tuple[int, ...]
+    history: tuple[tuple[object, ...], ...]
 
-    def is_before(self, other: _Origin) -> bool:
-        layers, steps = len(self.diff_ids), len(self.history)
+    def is_before(self, other: _Made) -> bool:
+        """Whether ``other``, which has one step more, continues this."""
         return (
-            steps < len(other.history)
-            and other.diff_ids[:layers] == self.diff_ids
-            and other.history[:steps] == self.history
+            other.diff_ids[: len(self.diff_ids)] == self.diff_ids
+            and other.history[:-1] == self.history
         )
 
 
-def _origin(image: Image) -> _Origin | None:
+def _made(image: Image) -> _Made | None:
     try:
         document: Any = json.loads(image.config())
-        steps = document.get("history") or []
-        if not steps:
-            return None
-        diff_ids = tuple(str(one) for one in document["rootfs"]["diff_ids"])
-        history = tuple(json.dumps(step, sort_keys=True) for step in steps)
-    except (LayerstoreError, ValueError, KeyError, TypeError, AttributeError):
+        diff_ids = tuple((document.get("rootfs") or {}).get("diff_ids") or ())
+        history = tuple(_step(step or {}) for step in document.get("history") or ())
+    except (LayerstoreError, ValueError, TypeError, AttributeError):
         return None
-    chain = tuple(accumulate(history, lambda mark, step: hash((mark, step)), initial=0))[1:]
-    return _Origin(diff_ids, history, chain)
+    return _Made(image.top_layer, diff_ids, history)
+
+
+def _step(step: dict[str, Any]) -> tuple[object, ...]:
+    created = step.get("created")
+    moment = None if created is None else parse_time(created)
+    texts = (step.get(key) or "" for key in ("created_by", "author", "comment"))
+    return (moment, *texts, bool(step.get("empty_layer")))
 
 
 def _lookup(store: Store, pattern: str) -> str:

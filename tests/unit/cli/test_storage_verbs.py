@@ -12,7 +12,7 @@ import pytest
 from lab import tars
 from lab.graphroot import layer_tar, open_store, put_container, put_image, put_layer
 from layerstore.cli import main
-from layerstore.graphroot.images import Image
+from layerstore.graphroot.images import Image, with_names
 from layerstore.graphroot.store import Store
 
 BASE = layer_tar(tars.regular(b"etc/base", b"base"), tars.regular(b"etc/gone", b"x"))
@@ -130,6 +130,20 @@ def test_names_come_and_go(run: Run, store: Store, image: Image) -> None:
     assert store.image(image.id).names == ()
     status, _, err = run("tag", image.id, "Not A Name")
     assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_name_that_podman_cannot_parse_is_not_given_but_can_be_taken_away(
+    run: Run, store: Store, image: Image
+) -> None:
+    bad = "[::1]:5000/a:1"
+    status, _, err = run("tag", "app:1", bad)
+    assert status == 2
+    assert "host name" in err
+    table = store.image_area.table  # as somebody else may have written it
+    with table.lock.writing():
+        table.save([with_names(record, [bad, *record.names]) for record in table.load()])
+    assert run("untag", bad, bad)[0] == 0
+    assert store.image(image.id).names == image.names
 
 
 def test_rmi(run: Run, store: Store, image: Image) -> None:

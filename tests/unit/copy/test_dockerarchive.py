@@ -135,6 +135,7 @@ def test_images_are_found_by_name_and_number(tmp_path: Path) -> None:
         [entry("config", ["a", "../b"])],
         [entry("config", ["a"])],
         [entry("config", ["a", "b"], "NO NAME")],
+        [entry("config", ["a", "b"], "[::1]:5000/evil:1")],  # Podman cannot bear it in storage
         [entry("a", ["a", "b"])],
     ],
 )

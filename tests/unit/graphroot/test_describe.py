@@ -95,9 +95,18 @@ def test_history_names_the_images_of_its_steps(store: Store) -> None:
     newest, empty, oldest = describe.history(image)
     assert (newest.id, newest.created_by, newest.size) == (image.id, "COPY", len(MORE))
     assert newest.tags == ("localhost/app:1",)
-    assert (empty.id, empty.size, empty.comment) == (describe.MISSING, 0, "a word")
-    assert (oldest.id, oldest.size) == (step.id, len(BASE))
-    assert oldest.tags == ("localhost/base:1",)
+    assert (empty.id, empty.size, empty.comment) == (step.id, 0, "a word")
+    assert (oldest.id, oldest.size) == (describe.MISSING, len(BASE))
+    assert empty.tags == oldest.tags == ("localhost/base:1",)
+
+
+def test_history_begins_with_the_image_itself(store: Store) -> None:
+    first = put_image(store, [BASE], "localhost/first:1")
+    steps = [{"created_by": "another"}]
+    image = put_image(store, [BASE], "localhost/second:1", steps=steps)
+    (step,) = describe.history(image)
+    assert step.id == image.id
+    assert set(step.tags) == {*first.names, *image.names}
 
 
 def test_the_document_of_a_container(store: Store) -> None:

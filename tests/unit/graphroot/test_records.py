@@ -17,6 +17,7 @@ from layerstore.graphroot.records import (
     load_json,
     now,
     parse_time,
+    same_time,
     time_text,
 )
 from layerstore.image import Digest
@@ -236,6 +237,10 @@ def test_times(nanoseconds: int, text: str) -> None:
         ("2024-05-06T09:08:09.5+02:00", "2024-05-06T07:08:09.5Z"),
         ("2024-05-06T00:08:09-07:00", "2024-05-06T07:08:09Z"),
         ("2024-05-06T07:08:09.1234567891234Z", "2024-05-06T07:08:09.123456789Z"),
+        ("0001-01-01T00:00:00+23:00", "0000-12-31T01:00:00Z"),
+        ("9999-12-31T23:59:59-23:59", "10000-01-01T23:58:59Z"),
+        ("0000-01-01T00:00:00+01:00", "-0001-12-31T23:00:00Z"),
+        ("0000-02-29T00:00:00Z", "0000-02-29T00:00:00Z"),
     ],
 )
 def test_times_of_other_zones(text: str, same: str) -> None:
@@ -247,6 +252,21 @@ def test_times_of_other_zones(text: str, same: str) -> None:
 @pytest.mark.parametrize("text", ["", "2024-05-06", "2024-13-06T07:08:09Z", "2024-05-06T07:08:09"])
 def test_what_is_no_time(text: str) -> None:
     assert parse_time(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("2024-05-06t07:08:09.50+02:00", "2024-05-06T07:08:09.5+02:00"),
+        ("2024-05-06T07:08:09.000z", "2024-05-06T07:08:09Z"),
+        ("2024-05-06T07:08:09-00:00", "2024-05-06T07:08:09Z"),
+        ("9999-12-31T23:59:59-23:59", "9999-12-31T23:59:59-23:59"),
+        ("2024-02-30T00:00:00Z", None),
+        ("soon", None),
+    ],
+)
+def test_a_time_is_written_again_as_go_does(text: str, again: str | None) -> None:
+    assert same_time(text) == again
 
 
 def test_now_is_a_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from layerstore.graphroot.identity import layer_id
 from layerstore.graphroot.layers import Addition
 from layerstore.graphroot.offers import AlsOffer
 from layerstore.graphroot.overlay import Overlay, RootAttributes
-from layerstore.graphroot.records import ContainerRecord, ImageRecord
+from layerstore.graphroot.records import ContainerRecord, ImageRecord, now, parse_time
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.staging import StagingLost
 from layerstore.graphroot.storageconf import LayerStoreSpec, StorageConfig
@@ -396,7 +397,9 @@ def test_putting_an_image_again_adds_names(store: Store) -> None:
     assert store.images() == [again]
 
 
-@pytest.mark.parametrize("name", ["alpine", "quay.io/a/b", "localhost/UPPER:1", "", "a b"])
+@pytest.mark.parametrize(
+    "name", ["alpine", "quay.io/a/b", "localhost/UPPER:1", "", "a b", "[::1]:5000/a:1"]
+)
 def test_names_are_full(store: Store, name: str) -> None:
     with pytest.raises(UsageError):
         handmade.put_image(store, [name], [BASE])
@@ -444,18 +447,31 @@ def test_documents_must_fit(store: Store) -> None:
 @pytest.mark.parametrize(
     ("text", "recorded"),
     [
-        ("2024-01-01T02:00:00.5+02:00", "2024-01-01T00:00:00.5Z"),
-        ("", "0001-01-01T00:00:00Z"),
-        ("yesterday", "0001-01-01T00:00:00Z"),
+        ("2024-01-01T02:00:00.50+02:00", "2024-01-01T02:00:00.5+02:00"),
+        ("0001-01-01T00:00:00+23:00", "0001-01-01T00:00:00+23:00"),
+        ("9999-12-31T23:59:59-23:59", "9999-12-31T23:59:59-23:59"),
     ],
 )
 def test_the_time_of_creation_is_one(store: Store, text: str, recorded: str) -> None:
+    assert _put_created(store, text) == recorded
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "0001-01-01T00:00:00Z"])
+def test_without_a_time_of_creation_it_is_the_present(store: Store, text: str) -> None:
+    before = parse_time(now())
+    recorded = parse_time(_put_created(store, text))
+    assert before is not None
+    assert recorded is not None
+    assert before <= recorded <= time.time_ns()
+
+
+def _put_created(store: Store, text: str) -> str:
     layer = handmade.put_layer(store, BASE)
     manifest, config = handmade.documents([layer])
     store.put_image(
         image_id="a" * 64, layer=layer.id, names=[], manifest=manifest, config=config, created=text
     )
-    assert Store.open(store.config).image("a").created == recorded
+    return Store.open(store.config).image("a").created
 
 
 def test_the_index_is_kept(store: Store) -> None:

@@ -100,6 +100,50 @@ def test_a_step_that_adds_no_layer_counts(store: Store) -> None:
     assert usage.parents(store.images()) == {second.id: first.id}
 
 
+def test_what_several_steps_made_at_once_has_no_parent(store: Store) -> None:
+    base = put_image(store, [BASE])
+    steps = [
+        *json.loads(base.config())["history"],
+        {"created_by": "ENV a=b", "empty_layer": True},
+        {"created_by": "COPY"},
+    ]
+    app = put_image(store, [BASE, MORE], "localhost/app:1", steps=steps)
+    assert usage.parents(store.images()) == {}
+    assert {one.image.id for one in usage.summaries(store)} == {base.id, app.id}
+    store.remove_image("localhost/app:1")
+    assert [image.id for image in store.images()] == [base.id]
+
+
+def test_the_parent_has_the_layer_below_or_the_same(store: Store) -> None:
+    # one step added two layers: the base is two layers down
+    base = put_image(store, [BASE])
+    (step,) = json.loads(base.config())["history"]
+    put_image(store, [BASE, MORE, LAST], "localhost/app:1", steps=[step, {"created_by": "x"}])
+    assert usage.parents(store.images()) == {}
+
+
+def test_images_that_differ_in_their_configs_only_all_have_the_child(store: Store) -> None:
+    twins = {put_image(store, [BASE], settings={"User": user}).id for user in ("a", "b")}
+    app = put_image(store, [BASE, MORE], "localhost/app:1")
+    (found,) = usage.origins(store.images()).values()
+    assert set(found) == twins
+    assert usage.parents(store.images())[app.id] == found[0]
+    assert [one.image.id for one in usage.summaries(store)] == [app.id]
+    assert store.prune() == []
+    store.remove_image("localhost/app:1")
+    assert [image.id for image in store.images()] == [found[1]]  # as Podman does
+
+
+def test_times_of_steps_are_compared_as_times(store: Store) -> None:
+    def step(created: str) -> dict[str, str]:
+        return {"created": created, "created_by": "x"}
+
+    base = put_image(store, [BASE], steps=[step("2024-01-01T02:00:00.50+02:00")])
+    same = step("2024-01-01T00:00:00.5Z")
+    app = put_image(store, [BASE, MORE], "localhost/app:1", steps=[same, {"created_by": "y"}])
+    assert usage.parents(store.images()) == {app.id: base.id}
+
+
 def test_summaries_hide_intermediate_images_and_come_newest_first(store: Store) -> None:
     step = put_image(store, [BASE])
     built = put_image(store, [BASE, MORE], "localhost/app:1")

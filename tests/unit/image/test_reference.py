@@ -25,7 +25,6 @@ HEX = "a" * 64
         ("localhost/x", "localhost/x:latest"),
         ("localhost:5000/x", "localhost:5000/x:latest"),
         ("127.0.0.1:5055/test/img", "127.0.0.1:5055/test/img:latest"),
-        ("[::1]:5000/x/y:2", "[::1]:5000/x/y:2"),
         ("h.example/a/b/c", "h.example/a/b/c:latest"),
         ("UPPER/x", "UPPER/x:latest"),  # a capital letter can only be a host
         (f"alpine@sha256:{HEX}", f"docker.io/library/alpine@sha256:{HEX}"),
@@ -62,6 +61,8 @@ def test_normalisation(text: str, canonical: str) -> None:
         "-a/b",
         "h.example:port/a",
         "h_.example/a",
+        "[::1]:5000/a:1",  # Podman 4 and 5 cannot parse it
+        "[fe80::1]/a",
         "a..b/c",
         "h.example/.a",
         "h.example/a___b",
@@ -81,6 +82,11 @@ def test_normalisation(text: str, canonical: str) -> None:
 def test_refused(text: str) -> None:
     with pytest.raises(InvalidReference):
         Reference.parse(text)
+
+
+def test_an_ipv6_address_wants_a_host_name() -> None:
+    with pytest.raises(InvalidReference, match="/etc/hosts"):
+        Reference.parse("[::1]:5000/a:1")
 
 
 def test_parts_and_changes() -> None:
