@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 
 from layerstore import limits
 from layerstore.errors import ContentError, LayerstoreError, NotFound
-from layerstore.formats.announced import announced
+from layerstore.formats.announced import announced_name
 from layerstore.image import (
     Descriptor,
     Digest,
@@ -104,15 +104,18 @@ class Images:
     ) -> list[tuple[Manifest, tuple[Digest, ...]]]:
         """The images of a reference as it stands now, each with the DiffIDs of its layers.
 
-        Those of an index that suit one of ``platforms`` best, or all of them.  Raises NotFound
-        if none does, Refusal, and what the registry raised.
+        Those of an index that suit one of ``platforms`` best, or all of them, without what is
+        no image there.  Raises NotFound if there is none, Refusal, and what the registry raised.
         """
         top = self._refresh(str(reference), reference, deadline)
         document = self._document(reference, top, deadline, fetch=True)
         if isinstance(document, Manifest):
             manifests = [document]
         elif platforms is None:
-            manifests = list(self._manifests(reference, top, deadline, fetch=True))
+            every = self._manifests(reference, top, deadline, fetch=True, images_only=True)
+            manifests = list(every)
+            if not manifests:
+                raise NotFound("the index has no image", subject=str(reference))
         else:
             entries = {platform: document.select(platform) for platform in platforms}
             for platform, entry in entries.items():
@@ -185,7 +188,7 @@ class Images:
             numbers = [
                 number
                 for number, layer in enumerate(manifest.layers)
-                if name in (layer.digest, _announced_toc(layer))
+                if name in (layer.digest, announced_name(layer))
             ]
             if numbers:
                 first = numbers[0]
@@ -195,8 +198,15 @@ class Images:
         return None
 
     def _manifests(
-        self, reference: Reference, digest: Digest, deadline: float, *, fetch: bool
+        self,
+        reference: Reference,
+        digest: Digest,
+        deadline: float,
+        *,
+        fetch: bool,
+        images_only: bool = False,
     ) -> Iterator[Manifest]:
+        """The manifest, or those of an index; a lookup may be of whatever a client takes for one."""
         top = self._document(reference, digest, deadline, fetch=fetch)
         if isinstance(top, Manifest):
             yield top
@@ -204,13 +214,15 @@ class Images:
         failure: LayerstoreError | None = None
         native = top.select(self._host)
         for entry in sorted(top.manifests, key=lambda entry: entry is not native):
+            if images_only and not entry.may_be_image:
+                continue
             try:
                 inner = self._document(reference, entry.digest, deadline, fetch=fetch)
             except (NotFound, ContentError) as error:
                 # an index may list images that were never copied or are of another kind
                 failure = failure or error
                 continue
-            if isinstance(inner, Manifest):
+            if isinstance(inner, Manifest) and (inner.is_image or not images_only):
                 yield inner
         if failure is not None and fetch and not isinstance(failure, NotFound):
             raise failure
@@ -238,10 +250,3 @@ class Images:
         config = parse_config(raw)
         self._state.add_document(Document(digest, manifest.config.media_type, raw))
         return config
-
-
-def _announced_toc(layer: Descriptor) -> Digest | None:
-    try:
-        return announced(layer).toc_digest
-    except ContentError:
-        return None
