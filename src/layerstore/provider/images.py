@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 
 from layerstore import limits
-from layerstore.errors import ContentError, LayerstoreError, NotFound
+from layerstore.errors import ContentError, LayerstoreError, NotFound, UnsupportedFormat
 from layerstore.formats.announced import announced_name
 from layerstore.image import (
     Descriptor,
@@ -29,7 +29,9 @@ from layerstore.image import (
     parse_config,
     parse_manifest,
 )
+from layerstore.image.annotations import layer_toc
 from layerstore.provider.dialect import Dialect
+from layerstore.provider.loader import announced_toc
 from layerstore.provider.refusal import NO_DIFF_ID, NOT_IN_IMAGE, UNKNOWN_LAYER, Refusal
 from layerstore.provider.state import Document, State
 from layerstore.registry import RegistryClient
@@ -67,6 +69,7 @@ class Images:
 
         Raises Refusal if the image has no such layer, and what the registry raised.
         """
+        _expect_sha256(name)
         parsed = Reference.parse(reference)
         for pinned in self._state.pins(reference):
             match = self._search(parsed, pinned, name, deadline)
@@ -77,10 +80,12 @@ class Images:
             match = self._search(parsed, current, name, deadline)
             if match is not None:
                 return match
+        self._check_announced(reference, parsed, name, deadline)
         raise Refusal(NOT_IN_IMAGE, f"no layer {name} in the image", subject=reference)
 
     def find_anywhere(self, name: Digest, deadline: float) -> Match:
         """The layer ``name`` of any image that is known already; of one that repeats it, if any."""
+        _expect_sha256(name)
         found: Match | None = None
         for reference in self._state.references():
             parsed = Reference.parse(reference)
@@ -197,6 +202,19 @@ class Images:
                 return Match(reference, manifest, first, dialect, repeated=len(numbers) > 1)
         return None
 
+    def _check_announced(
+        self, reference: str, parsed: Reference, name: Digest, deadline: float
+    ) -> None:
+        """Say what is wrong with the layer whose annotations give a client this name.
+
+        Only once no image has a right one: the publisher may have mended them meanwhile.
+        """
+        for pinned in self._state.pins(reference):
+            for manifest in self._manifests(parsed, pinned, deadline, fetch=False):
+                for layer in manifest.layers:
+                    if layer_toc(layer.annotations) == name:
+                        announced_toc(layer)
+
     def _manifests(
         self,
         reference: Reference,
@@ -250,3 +268,8 @@ class Images:
         config = parse_config(raw)
         self._state.add_document(Document(digest, manifest.config.media_type, raw))
         return config
+
+
+def _expect_sha256(name: Digest) -> None:
+    if name.algorithm != "sha256":
+        raise UnsupportedFormat(f"layers with digests of {name.algorithm} are not served")
