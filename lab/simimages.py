@@ -100,8 +100,14 @@ class Publisher:
             digest,
         )
 
-    def push_index(self, repository: str, tag: str, images: Sequence[Image]) -> None:
-        """Push an index of images that were pushed before."""
+    def push_index(
+        self,
+        repository: str,
+        tag: str,
+        images: Sequence[Image],
+        others: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Push an index of images that were pushed before, and of ``others``, its last entries."""
         raw = json.dumps(
             {
                 "schemaVersion": 2,
@@ -114,10 +120,66 @@ class Publisher:
                         "platform": {"os": "linux", "architecture": image.config["architecture"]},
                     }
                     for image in images
-                ],
+                ]
+                + list(others),
             }
         ).encode()
         self.registry.add_manifest(repository, raw, tag, media_type=OCI_INDEX)
+
+    def attestation(self, repository: str) -> dict[str, Any]:
+        """Push an attestation as BuildKit makes it; the entry of the index."""
+        config = {
+            "architecture": "unknown",
+            "os": "unknown",
+            "rootfs": {"type": "layers", "diff_ids": ["sha256:" + "5" * 64]},
+        }
+        raw_config, statement = json.dumps(config).encode(), b'{"predicate":{}}'
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": {
+                "mediaType": "application/vnd.oci.image.config.v1+json",
+                "digest": self.registry.add_blob(repository, raw_config),
+                "size": len(raw_config),
+            },
+            "layers": [
+                {
+                    "mediaType": "application/vnd.in-toto+json",
+                    "digest": self.registry.add_blob(repository, statement),
+                    "size": len(statement),
+                }
+            ],
+        }
+        return self._entry(repository, manifest) | {
+            "platform": {"os": "unknown", "architecture": "unknown"},
+            "annotations": {"vnd.docker.reference.type": "attestation-manifest"},
+        }
+
+    def artifact(self, repository: str) -> dict[str, Any]:
+        """Push an artifact that is no image; the entry of the index."""
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": {
+                "mediaType": "application/vnd.oci.empty.v1+json",
+                "digest": self.registry.add_blob(repository, b"{}"),
+                "size": 2,
+            },
+            "layers": [
+                {
+                    "mediaType": "application/vnd.example.report+json",
+                    "digest": self.registry.add_blob(repository, b'{"report":1}'),
+                    "size": 12,
+                }
+            ],
+        }
+        return self._entry(repository, manifest)
+
+    def _entry(self, repository: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        raw = json.dumps(manifest).encode()
+        self.registry.add_manifest(repository, raw)
+        digest = "sha256:" + hashlib.sha256(raw).hexdigest()
+        return {"mediaType": OCI_MANIFEST, "digest": digest, "size": len(raw)}
 
 
 def without_tocs(manifest: dict[str, Any]) -> None:

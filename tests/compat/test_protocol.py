@@ -170,6 +170,7 @@ def test_what_is_unknown_is_not_there_at_once(rig: Rig, small: Pushed) -> None:
     assert log.count("event=lookup-refused reason=not-in-image") == 1
     assert log.count("event=lookup-refused reason=not-found") == 1
     assert log.count("event=lookup-refused reason=unknown-layer") == 1
+    assert log.count("event=lookup-refused reason=unsupported-format") == 1
     assert "Traceback" not in log
 
 

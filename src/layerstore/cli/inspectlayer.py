@@ -16,7 +16,7 @@ from cyclopts import Parameter
 
 from layerstore import limits, service
 from layerstore.errors import NotFound
-from layerstore.formats.announced import announced
+from layerstore.formats.announced import announced_name
 from layerstore.image import Descriptor, Digest, Platform, Reference
 from layerstore.layertree import LayerIndex
 from layerstore.provider import Layer, Store
@@ -64,7 +64,7 @@ def _find(
     deadline = time.monotonic() + limits.RESOLVE_SECONDS
     for manifest, diff_ids in store.chosen(reference, platforms, deadline):
         for descriptor, diff_id in zip(manifest.layers, diff_ids, strict=True):
-            if name in (descriptor.digest, announced(descriptor).toc_digest):
+            if name in (descriptor.digest, announced_name(descriptor)):
                 return descriptor, diff_id
     raise NotFound(f"no layer {name} in the image", subject=str(reference))
 

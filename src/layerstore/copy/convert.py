@@ -19,13 +19,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from layerstore import limits
 from layerstore.copy.context import CopyContext
 from layerstore.copy.convertlayer import ConvertedLayer, LayerConverter, LayerProgress
 from layerstore.copy.layerform import Estargz, LayerForm
-from layerstore.copy.manifestedit import IMAGE_CONFIGS, encode
+from layerstore.copy.manifestedit import encode
 from layerstore.copy.names import open_destination, open_source
 from layerstore.copy.tocimage import TocImage, toc_image_name
 from layerstore.copy.transport import ImageDestination, ImageSource
@@ -41,8 +41,6 @@ from layerstore.image import (
     parse_manifest,
 )
 from layerstore.registry import FetchedManifest, RegistrySettings
-
-_ATTESTATION: Final = "vnd.docker.reference.type"
 
 Progress = Callable[[LayerProgress], None]
 
@@ -272,17 +270,17 @@ class _Conversion:
 
     def _entry(self, entry: Descriptor) -> _Plan | None:
         """Read an entry of the index; None for one that is no image."""
-        if entry.media_type not in media_types.MANIFESTS or _ATTESTATION in entry.annotations:
+        if not entry.may_be_image:
             return None
         fetched = self._source.manifest(entry.digest)
         manifest = parse_manifest(fetched.raw, entry.media_type)
-        if isinstance(manifest, Index) or manifest.config.media_type not in IMAGE_CONFIGS:
+        if isinstance(manifest, Index) or not manifest.is_image:
             return None
         return self._plan(fetched, manifest, start=False)
 
     def _plan(self, fetched: FetchedManifest, manifest: Manifest, *, start: bool = True) -> _Plan:
         subject = f"manifest {fetched.digest}"
-        if manifest.config.media_type not in IMAGE_CONFIGS:
+        if not manifest.is_image:
             raise UnsupportedFormat(
                 f"no container image: its config is {manifest.config.media_type}", subject=subject
             )

@@ -26,7 +26,6 @@ _STALE_PREFIXES: Final = (
 )
 _FOREIGN_DOCKER: Final = "application/vnd.docker.image.rootfs.foreign.diff.tar"
 _FOREIGN_OCI: Final = "application/vnd.oci.image.layer.nondistributable.v1.tar"
-IMAGE_CONFIGS: Final = (media_types.OCI_CONFIG, media_types.DOCKER_CONFIG)
 
 
 class Family(enum.Enum):
@@ -109,9 +108,7 @@ class CopiedLayer:
 
 def is_image(manifest: Manifest) -> bool:
     """Whether this is a container image, all of whose layers are file system layers."""
-    return manifest.config.media_type in IMAGE_CONFIGS and all(
-        layer_kind(layer.media_type) for layer in manifest.layers
-    )
+    return manifest.is_image and all(layer_kind(layer.media_type) for layer in manifest.layers)
 
 
 def edit_manifest(

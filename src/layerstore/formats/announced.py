@@ -100,6 +100,14 @@ def announced(descriptor: Descriptor) -> Announced:
         return Announced(plain, problem=str(problem))
 
 
+def announced_name(descriptor: Descriptor) -> Digest | None:
+    """The TOC digest that a layer is announced under; None for any layer that has none."""
+    try:
+        return announced(descriptor).toc_digest
+    except UnsupportedFormat:
+        return None
+
+
 class _ProblemError(Exception):
     pass
 

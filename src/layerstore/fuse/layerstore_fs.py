@@ -88,7 +88,7 @@ class StoreFilesystem(Operations):
         return errno.ENOENT if kind is Control.LAYER else errno.ENOTDIR
 
     def _lookup_root(self, name: bytes) -> Answer:
-        if name.startswith(b"sha256:"):
+        if name.startswith((b"sha256:", b"sha512:")):
             return self._lookup_layer("", name)
         try:
             reference = names.reference_of(name)

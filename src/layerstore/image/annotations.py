@@ -1,8 +1,9 @@
-"""Annotation keys that lazily readable layers carry in their manifest.
+"""Annotation keys: those that lazily readable layers carry in their manifest, and one of indexes.
 
 eStargz: stargz-snapshotter, docs/estargz.md.  zstd:chunked: containers/storage,
 pkg/chunked; the keys without ``github`` are the older form that
-stargz-snapshotter still writes.
+stargz-snapshotter still writes.  Entries of an index: BuildKit,
+docs/attestations/attestation-storage.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ ZSTD_TARSPLIT_DIGEST: Final = "io.github.containers.zstd-chunked.tarsplit-checks
 ZSTD_TARSPLIT_POSITION: Final = "io.github.containers.zstd-chunked.tarsplit-position"
 ZSTD_OLD_TOC_DIGEST: Final = "io.containers.zstd-chunked.manifest-checksum"
 ZSTD_OLD_TOC_POSITION: Final = "io.containers.zstd-chunked.manifest-position"
+
+REFERENCE_TYPE: Final = "vnd.docker.reference.type"
+"""On the entry of an index that tells something about an image, and is none: an attestation."""
 
 TOC_NOTES: Final = frozenset(
     {

@@ -18,6 +18,7 @@ import msgspec
 from layerstore import limits
 from layerstore.errors import InvalidManifest, LimitExceeded
 from layerstore.image import media_types
+from layerstore.image.annotations import REFERENCE_TYPE
 from layerstore.image.digest import Digest, decode_digest
 from layerstore.image.platform import Platform
 
@@ -39,6 +40,13 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True):
     platform: Platform | None = None
     urls: tuple[str, ...] = ()
 
+    @property
+    def may_be_image(self) -> bool:
+        """Whether an entry of an index may be an image, and not an attestation about one or an
+        artifact; the manifest itself has the last word (``Manifest.is_image``).
+        """
+        return self.media_type in media_types.MANIFESTS and REFERENCE_TYPE not in self.annotations
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One image for one platform; ``layers`` from the lowest to the topmost."""
@@ -47,6 +55,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     config: Descriptor
     layers: tuple[Descriptor, ...]
     annotations: dict[str, str] = {}
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its config is that of a container image, and not of some other artifact."""
+        return self.config.media_type in media_types.IMAGE_CONFIGS
 
 
 class Index(msgspec.Struct, frozen=True, kw_only=True):

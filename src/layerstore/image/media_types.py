@@ -22,6 +22,7 @@ DOCKER_LAYER: Final = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP: Final = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 DOCKER_LAYER_ZSTD: Final = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 
+IMAGE_CONFIGS: Final = (OCI_CONFIG, DOCKER_CONFIG)
 MANIFESTS: Final = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEXES: Final = (OCI_INDEX, DOCKER_LIST)
 ALL_MANIFESTS: Final = (*MANIFESTS, *INDEXES)

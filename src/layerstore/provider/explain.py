@@ -14,8 +14,9 @@ from layerstore import limits
 from layerstore.errors import LayerstoreError
 from layerstore.formats.announced import announced
 from layerstore.image import Descriptor, Digest, Platform, Reference
+from layerstore.image.annotations import layer_toc
 from layerstore.provider.policy import Ordinary
-from layerstore.provider.refusal import BEING_FETCHED, NO_TOC, NOT_HERE
+from layerstore.provider.refusal import BAD_TOC, BEING_FETCHED, NO_TOC, NOT_HERE
 from layerstore.provider.state import View
 from layerstore.provider.store import Store
 
@@ -74,18 +75,21 @@ def _layer(
 ) -> ExplainedLayer:
     try:
         promised = announced(descriptor)
-        form, toc = promised.form.value, promised.toc_digest
+        form, toc, problem = promised.form.value, promised.toc_digest, promised.problem
     except LayerstoreError:
-        form, toc = "unknown", None
+        form, toc, problem = "unknown", None, ""
     by_blob = _verdict(store, reference, descriptor.digest)
     if by_blob.reason == NOT_HERE and wanted in (Ordinary.AUTO, Ordinary.EAGER):
         waits = "a lookup waits for it" if wanted is Ordinary.EAGER else "it is fetched for later"
         by_blob = Verdict("once-complete", BEING_FETCHED, f"{by_blob.detail}; {waits}")
-    if toc is None:
+    asked = toc or layer_toc(descriptor.annotations)  # clients look at nothing but its digest
+    if asked is not None:
+        by_toc = _verdict(store, reference, asked)
+    elif problem:
+        by_toc = Verdict("never", BAD_TOC, problem)
+    else:
         why = "clients never ask for a layer without a TOC annotation"
         by_toc = Verdict("never", NO_TOC, why)
-    else:
-        by_toc = _verdict(store, reference, toc)
     return ExplainedLayer(
         descriptor.digest, diff_id, descriptor.media_type, form, descriptor.size, toc,
         by_blob, by_toc,

@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 
 from layerstore import limits
-from layerstore.errors import ContentError, LayerstoreError, NotFound
-from layerstore.formats.announced import announced
+from layerstore.errors import ContentError, LayerstoreError, NotFound, UnsupportedFormat
+from layerstore.formats.announced import announced_name
 from layerstore.image import (
     Descriptor,
     Digest,
@@ -29,7 +29,9 @@ from layerstore.image import (
     parse_config,
     parse_manifest,
 )
+from layerstore.image.annotations import layer_toc
 from layerstore.provider.dialect import Dialect
+from layerstore.provider.loader import announced_toc
 from layerstore.provider.refusal import NO_DIFF_ID, NOT_IN_IMAGE, UNKNOWN_LAYER, Refusal
 from layerstore.provider.state import Document, State
 from layerstore.registry import RegistryClient
@@ -67,6 +69,7 @@ class Images:
 
         Raises Refusal if the image has no such layer, and what the registry raised.
         """
+        _expect_sha256(name)
         parsed = Reference.parse(reference)
         for pinned in self._state.pins(reference):
             match = self._search(parsed, pinned, name, deadline)
@@ -77,10 +80,12 @@ class Images:
             match = self._search(parsed, current, name, deadline)
             if match is not None:
                 return match
+        self._check_announced(reference, parsed, name, deadline)
         raise Refusal(NOT_IN_IMAGE, f"no layer {name} in the image", subject=reference)
 
     def find_anywhere(self, name: Digest, deadline: float) -> Match:
         """The layer ``name`` of any image that is known already; of one that repeats it, if any."""
+        _expect_sha256(name)
         found: Match | None = None
         for reference in self._state.references():
             parsed = Reference.parse(reference)
@@ -104,15 +109,18 @@ class Images:
     ) -> list[tuple[Manifest, tuple[Digest, ...]]]:
         """The images of a reference as it stands now, each with the DiffIDs of its layers.
 
-        Those of an index that suit one of ``platforms`` best, or all of them.  Raises NotFound
-        if none does, Refusal, and what the registry raised.
+        Those of an index that suit one of ``platforms`` best, or all of them, without what is
+        no image there.  Raises NotFound if there is none, Refusal, and what the registry raised.
         """
         top = self._refresh(str(reference), reference, deadline)
         document = self._document(reference, top, deadline, fetch=True)
         if isinstance(document, Manifest):
             manifests = [document]
         elif platforms is None:
-            manifests = list(self._manifests(reference, top, deadline, fetch=True))
+            every = self._manifests(reference, top, deadline, fetch=True, images_only=True)
+            manifests = list(every)
+            if not manifests:
+                raise NotFound("the index has no image", subject=str(reference))
         else:
             entries = {platform: document.select(platform) for platform in platforms}
             for platform, entry in entries.items():
@@ -185,7 +193,7 @@ class Images:
             numbers = [
                 number
                 for number, layer in enumerate(manifest.layers)
-                if name in (layer.digest, _announced_toc(layer))
+                if name in (layer.digest, announced_name(layer))
             ]
             if numbers:
                 first = numbers[0]
@@ -194,9 +202,29 @@ class Images:
                 return Match(reference, manifest, first, dialect, repeated=len(numbers) > 1)
         return None
 
+    def _check_announced(
+        self, reference: str, parsed: Reference, name: Digest, deadline: float
+    ) -> None:
+        """Say what is wrong with the layer whose annotations give a client this name.
+
+        Only once no image has a right one: the publisher may have mended them meanwhile.
+        """
+        for pinned in self._state.pins(reference):
+            for manifest in self._manifests(parsed, pinned, deadline, fetch=False):
+                for layer in manifest.layers:
+                    if layer_toc(layer.annotations) == name:
+                        announced_toc(layer)
+
     def _manifests(
-        self, reference: Reference, digest: Digest, deadline: float, *, fetch: bool
+        self,
+        reference: Reference,
+        digest: Digest,
+        deadline: float,
+        *,
+        fetch: bool,
+        images_only: bool = False,
     ) -> Iterator[Manifest]:
+        """The manifest, or those of an index; a lookup may be of whatever a client takes for one."""
         top = self._document(reference, digest, deadline, fetch=fetch)
         if isinstance(top, Manifest):
             yield top
@@ -204,13 +232,15 @@ class Images:
         failure: LayerstoreError | None = None
         native = top.select(self._host)
         for entry in sorted(top.manifests, key=lambda entry: entry is not native):
+            if images_only and not entry.may_be_image:
+                continue
             try:
                 inner = self._document(reference, entry.digest, deadline, fetch=fetch)
             except (NotFound, ContentError) as error:
                 # an index may list images that were never copied or are of another kind
                 failure = failure or error
                 continue
-            if isinstance(inner, Manifest):
+            if isinstance(inner, Manifest) and (inner.is_image or not images_only):
                 yield inner
         if failure is not None and fetch and not isinstance(failure, NotFound):
             raise failure
@@ -240,8 +270,6 @@ class Images:
         return config
 
 
-def _announced_toc(layer: Descriptor) -> Digest | None:
-    try:
-        return announced(layer).toc_digest
-    except ContentError:
-        return None
+def _expect_sha256(name: Digest) -> None:
+    if name.algorithm != "sha256":
+        raise UnsupportedFormat(f"layers with digests of {name.algorithm} are not served")

@@ -310,6 +310,14 @@ def test_an_unresolvable_layer_is_enoent(call, registry):
         assert call("lookup", layer, name) == errno.ENOENT
 
 
+def test_a_layer_asked_for_by_sha512_is_enoent_for_a_reason(call, registry, asker, pushed):
+    reference, _, _ = pushed
+    name = b"sha512:" + b"a" * 128
+    assert call("lookup", call.node(reference, name), b"diff") == errno.ENOENT
+    assert call("lookup", call.node(name), b"diff") == errno.ENOENT
+    assert asker.store.status()["lookups"] == {"unsupported-format": 2}
+
+
 def test_a_failed_read_is_eio_with_one_line_naming_the_file(
     call, filesystem, publisher, registry, caplog
 ):

@@ -56,7 +56,7 @@ def test_no_other_error_escapes(element):
 
 def test_a_digest_element_carries_its_algorithm():
     assert names.digest_of(DIGEST.encode()) == DIGEST
-    for bad in (b"ab" * 32, b"sha512:" + b"ab" * 64, b"sha256:xyz", b"sha256:\xff"):
+    for bad in (b"ab" * 32, b"sha512:" + b"ab" * 32, b"sha256:xyz", b"sha256:\xff"):
         with pytest.raises(InvalidDigest):
             names.digest_of(bad)
 

@@ -1,0 +1,68 @@
+"""`explain`, `inspect-layer`, `fetch` and the indexes of layers, on images of many kinds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab.simimages import Image, Publisher, without_tocs
+from lab.simregistry import SimRegistry
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def many(publisher: Publisher, registry: SimRegistry) -> tuple[str, list[Image]]:
+    """An index of two images, of what BuildKit attests about them, and of an artifact."""
+    images = [
+        publisher.push("app", None, [{"name": name.encode()}], architecture=name, change=change)
+        for name, change in (("amd64", None), ("arm64", without_tocs))
+    ]
+    others = [publisher.attestation("app"), publisher.artifact("app")]
+    publisher.push_index("app", "1", images, others)
+    return f"{registry.host}/app:1", images
+
+
+@pytest.mark.parametrize("name", ["fetch", "pin", "explain"])
+def test_all_images_of_an_index_are_those_that_are_images(
+    verb: Run, many: tuple[str, list[Image]], name: str
+) -> None:
+    reference, images = many
+    status, out, err = verb(name, reference, "--all-platforms", "--json")
+    assert (status, err) == (0, "")
+    said = json.loads(out)
+    layers = said["layers"] if "layers" in said else [one for im in said for one in im["layers"]]
+    assert [one["digest"] for one in layers] == [one.layers[0].digest for one in images]
+
+
+def test_indexes_of_all_images_are_saved(
+    verb: Run, many: tuple[str, list[Image]], tmp_path: Path
+) -> None:
+    reference, images = many
+    assert verb("fetch", reference, "--all-platforms", "-q") == (0, "", "")
+    status, out, err = verb(
+        "save-index", reference, "--all-platforms", "-o", str(tmp_path / "saved"), "--json"
+    )
+    assert (status, err) == (0, "")
+    assert [one["blob_digest"] for one in json.loads(out)] == [images[1].layers[0].digest]
+
+
+def test_a_layer_is_looked_for_in_all_images_of_an_index(
+    verb: Run, many: tuple[str, list[Image]]
+) -> None:
+    reference, images = many
+    for image in images:
+        status, out, err = verb("inspect-layer", reference, image.layers[0].digest)
+        assert (status, err) == (0, "")
+        assert " /name" in out
+
+
+def test_an_index_without_an_image_is_told(
+    verb: Run, publisher: Publisher, registry: SimRegistry
+) -> None:
+    publisher.push_index("app", "1", [], [publisher.attestation("app")])
+    status, _, err = verb("explain", f"{registry.host}/app:1", "--all-platforms")
+    assert (status, err) == (1, f"layerstore: {registry.host}/app:1: the index has no image\n")
