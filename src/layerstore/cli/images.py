@@ -217,9 +217,10 @@ def untag(image: str, /, *names: str, json: Json = False, storage: StorageFlags 
 
     The image stays, even without a name.
     """
-    unwanted = [usage.local_name(one) for one in names]
     store = storage.open()
     found = store.image(image)
+    # A name as it is stands first: one that no tool would give any more can be taken away.
+    unwanted = [one if one in found.names else usage.local_name(one) for one in names]
     for one, given in zip(unwanted, names, strict=True):
         if one not in found.names:
             raise UnknownObject("the image has no such name", subject=given)

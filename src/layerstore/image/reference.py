@@ -20,7 +20,9 @@ _OLD_HUB: Final = "index.docker.io"
 DEFAULT_TAG: Final = "latest"
 
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
-_DOMAIN: Final = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[a-fA-F0-9:]+\])(?::[0-9]+)?")
+# No IPv6 address: newer Docker takes them, Podman up to 5 does not, and one image with such a
+# name makes its `podman images` fail for all.
+_DOMAIN: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*(?::[0-9]+)?")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH: Final = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{limits.TAG_CHARS - 1}}}")
@@ -66,7 +68,8 @@ class Reference:
                 raise InvalidReference("the part behind : is no tag", subject=text)
         domain, path = _split_domain(rest)
         if _DOMAIN.fullmatch(domain) is None:
-            raise InvalidReference("the registry is no host name", subject=text)
+            advice = "give an IPv6 address a host name (/etc/hosts)" if "[" in domain else ""
+            raise InvalidReference("the registry is no host name", subject=text, advice=advice)
         if _PATH.fullmatch(path) is None:
             advice = "repository names are lower case" if path != path.lower() else ""
             raise InvalidReference("not a repository name", subject=text, advice=advice)
