@@ -229,6 +229,26 @@ def odd_archives(place: Path) -> dict[str, bytes]:
     }
 
 
+def test_attributes_that_only_podman_takes_or_leaves_out_are_no_damage(
+    flavour: Flavour,
+    make_podman_env: Callable[[Flavour], PodmanEnv],
+    registry: DebianRegistry,
+    push: Callable[[oci.StoredImage, str], object],
+    workspace: Path,
+) -> None:
+    env = make_podman_env(flavour)
+    archive = tar_bytes(
+        [
+            tars.directory(b"d", xattrs={b"trusted.overlay.opaque": b"y"}),
+            tars.regular(b"d/f", b"f\n", xattrs={b"user.empty": b"", b"user.overlay.x": b"y"}),
+        ]
+    )
+    layout = workspace / f"check-attributes-{flavour}"
+    push(oci.write_image(layout, "odd", [LayerSource(archive)], RunConfig()), "odd/attributes:1")
+    env.podman("pull", "-q", f"{registry.host}/odd/attributes:1")
+    assert findings(env, "--full", "--repair") == (0, [])
+
+
 def test_an_archive_that_never_comes_back_is_no_damage(
     flavour: Flavour,
     make_podman_env: Callable[[Flavour], PodmanEnv],

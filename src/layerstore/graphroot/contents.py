@@ -29,6 +29,7 @@ from layerstore.errors import (
     CorruptStorage,
     InvalidLayer,
     LayerstoreError,
+    LimitExceeded,
     StorageError,
 )
 from layerstore.formats import tarstream
@@ -36,7 +37,7 @@ from layerstore.formats.tarstream import TarEntry, TarReader
 from layerstore.graphroot import tarsplit
 from layerstore.graphroot.beneath import Beneath, clean
 from layerstore.graphroot.export import opened_files
-from layerstore.graphroot.extract import ExtractOptions, Extractor
+from layerstore.graphroot.extract import OVERLAYS_OWN, ExtractOptions, Extractor
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.tarsplit import SplitFile
@@ -83,10 +84,10 @@ class _Check:
         self._expected.mkdir(mode=0o755)
         try:
             with Extractor(self._expected, self._options) as extractor:
-                stream = _Stream(extractor, self._diff_id.algorithm)
+                stream = _Stream(extractor, self._expected, self._diff_id.algorithm)
                 self._read(stream)
                 extractor.finish()
-            changed = stream.missed(self._expected)
+            changed = stream.missed()
             lost = ""
             if stream.misses:
                 lost = stream.odd or stream.misses[0].why_lost
@@ -95,7 +96,7 @@ class _Check:
                 changed = "" if stream.odd else f"its files are no longer {self._diff_id}"
                 lost = stream.odd
             if not changed and not stream.refused and not self._is_mapped:
-                changed = self._differences(began, roots=extractor.root_entry)
+                changed = self._differences(stream, began, roots=extractor.root_entry)
             return Contents(changed, "" if changed else lost)
         except CorruptStorage as error:
             return Contents(str(error))
@@ -122,7 +123,7 @@ class _Check:
         except OSError as error:
             raise StorageError(f"cannot be read: {error}", subject=str(diff)) from error
 
-    def _differences(self, began: int, *, roots: bool) -> str:
+    def _differences(self, stream: _Stream, began: int, *, roots: bool) -> str:
         return _in_short(
             tree_differences(
                 self._expected,
@@ -130,6 +131,7 @@ class _Check:
                 made_after_ns=began,
                 contents=False,
                 roots=roots,
+                optional=stream.optional,
             )
         )
 
@@ -162,11 +164,14 @@ class _Stream:
     Each entry is read by itself, so that one that is not for us costs no other.
     """
 
-    def __init__(self, extractor: Extractor, algorithm: str) -> None:
+    def __init__(self, extractor: Extractor, expected: Path, algorithm: str) -> None:
         self.odd = ""  # why the archive may not come back
         self.refused = False  # whether the extraction is not all that others have made
         self.misses: list[_Miss] = []
+        self.optional: dict[int, dict[bytes, bytes]] = {}  # see tree_differences
+        self._optional_bytes = 0
         self._extractor = extractor
+        self._expected = expected
         self._algorithm = algorithm
         self._hash = hashlib.new(algorithm)
         self._raw = bytearray()  # since the last entry
@@ -219,9 +224,9 @@ class _Stream:
         if self._unread is not None:
             self._refuse(self._unread)
 
-    def missed(self, expected: Path) -> str:
-        """The contents that the extraction has, in ``expected``, and the layer has not."""
-        with Beneath(expected) as tree:
+    def missed(self) -> str:
+        """The contents that the extraction has and the layer has not."""
+        with Beneath(self._expected) as tree:
             return _in_short(str(miss.error) for miss in self.misses if _has(tree, miss))
 
     def _apply(self, entry: TarEntry, miss: _Miss | None) -> None:
@@ -229,6 +234,7 @@ class _Stream:
         entry = replace(entry, size=len(mark))
         try:
             self._extractor.apply(entry, BytesIO(mark).read)
+            self._note_optional(entry)
         except ContentError as error:
             self._refuse(error)
         except StorageError as error:
@@ -238,6 +244,26 @@ class _Stream:
             self._extractor.apply(replace(entry, xattrs={}), BytesIO(mark).read)
             self.refused = True
             self.odd = self.odd or str(error)
+
+    def _note_optional(self, entry: TarEntry) -> None:
+        """Remember the attributes that not every tool takes from an archive.
+
+        Podman sets overlay's own, we do not; Podman 4 leaves out those without a value.
+        """
+        found = {
+            name: value
+            for name, value in entry.xattrs.items()
+            if not value or name.startswith(OVERLAYS_OWN)
+        }
+        if not found:
+            return
+        self._optional_bytes += sum(map(len, (*found.keys(), *found.values())))
+        if self._optional_bytes > limits.OPTIONAL_ATTRIBUTES_BYTES:
+            raise LimitExceeded("the layer has too many attributes of overlay's own")
+        with Beneath(self._expected) as tree:
+            made = tree.stat(clean(entry.name))
+        if made is not None:
+            self.optional.setdefault(made.st_ino, {}).update(found)
 
     def _refuse(self, error: ContentError) -> None:
         self.refused = True

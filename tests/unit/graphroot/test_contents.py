@@ -190,3 +190,53 @@ def test_an_attribute_that_the_place_for_temporary_files_cannot_take_stops_nothi
     assert found(store) == []
     (image.layers()[0].diff_path / "large").write_bytes(b"CONTENT\n")
     assert kinds(store) == [Kind.LAYER_CHANGED]
+
+
+OPAQUE = "trusted.overlay.opaque"
+REDIRECT = "user.overlay.redirect"
+WITH_ATTRIBUTES = [
+    *PLAIN,
+    tars.directory(b"d", xattrs={OPAQUE.encode(): b"y", b"user.kept": b"kept"}),
+    tars.regular(b"d/f", b"f\n", xattrs={b"user.empty": b"", REDIRECT.encode(): b"/x"}),
+    tars.symlink(b"link", b"d"),
+    tars.directory(b"link/sub", xattrs={OPAQUE.encode(): b"y"}),
+]
+
+
+@pytest.fixture
+def attributes(store: Store) -> Path:
+    """The ``diff`` of a layer whose archive has attributes that tools treat differently."""
+    image = graphroot.put_image(store, [graphroot.layer_tar(*WITH_ATTRIBUTES)], NAME)
+    assert found(store) == []
+    diff = image.layers()[0].diff_path
+    assert OPAQUE not in os.listxattr(diff / "d")
+    return diff
+
+
+def test_attributes_as_other_tools_extract_them_are_no_damage(
+    store: Store, attributes: Path
+) -> None:
+    os.setxattr(attributes / "d", OPAQUE, b"y")
+    os.setxattr(attributes / "d/sub", OPAQUE, b"y")
+    os.setxattr(attributes / "d/f", REDIRECT, b"/x")
+    os.removexattr(attributes / "d/f", "user.empty")
+    assert found(store) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("etc", OPAQUE, b"y"),
+        ("d/f", REDIRECT, b"/elsewhere"),
+        ("d/f", "user.overlay.metacopy", b""),
+        ("d/f", "user.empty", b"no more"),
+        ("d", "user.kept", b""),
+    ],
+)
+def test_attributes_that_the_archive_does_not_have_are_damage(
+    store: Store, attributes: Path, path: str, name: str, value: bytes
+) -> None:
+    os.setxattr(attributes / path, name, value)
+    ((kind, detail),) = found(store)
+    assert kind is Kind.LAYER_CHANGED
+    assert detail.startswith(f"/{path} ")
