@@ -193,6 +193,7 @@ HANDOVER_SECONDS: Final = 30.0  # verbs wait so long for a service that changes 
 LAYER_ENTRIES: Final = 4_000_000  # entries of one layer's tar archive
 LAYER_OWNERS: Final = 65_536  # users, and groups, of one layer: its record lists them
 DIRECTORY_NAMES_BYTES: Final = 256 * MIB  # paths of one layer's directories, kept for their times
+OPTIONAL_ATTRIBUTES_BYTES: Final = 64 * MIB  # of one layer that is checked
 LAYER_BYTES: Final = 16 * 1024 * 1024 * MIB  # uncompressed tar stream of one layer
 TAR_TRAILER_BYTES: Final = 64 * MIB  # kept of what follows the end of an archive
 OPEN_DIRECTORIES: Final = 64  # descriptors kept by the extraction of one layer

@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab import oci, tars
+from lab.images import tar_bytes
+from lab.oci import LayerSource, RunConfig
 from lab.podman import Flavour, PodmanEnv
 from lab.registry import DebianRegistry
 from lab.rig import Pushed, graph_layers
@@ -195,6 +199,80 @@ def test_nothing_that_a_container_needs_is_removed(filled: tuple[PodmanEnv, str]
     assert "precious" in changed["detail"]
     assert not changed["repaired"]
     assert env.podman("start", "-a", "precious").stdout == HELLO
+
+
+PLAIN = tars.regular(b"etc/plain", b"plain\n")
+
+
+def sparse(place: Path) -> bytes:
+    """An archive by GNU tar with a sparse file, as Podman takes it."""
+    source = place / "source"
+    (source / "etc").mkdir(parents=True)
+    with (source / "sparse").open("wb") as file:
+        file.write(b"begin")
+        file.seek(1 << 20)
+        file.write(b"end")
+    (source / "etc/plain").write_bytes(b"plain\n")
+    command = ["tar", "--format=pax", "-S", "-C", str(source), "-cf", "-", "sparse", "etc/plain"]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def odd_archives(place: Path) -> dict[str, bytes]:
+    """Archives that Podman takes, and cannot put together again."""
+    return {
+        "sparse": sparse(place),
+        "climbing": tar_bytes([PLAIN, tars.regular(b"../climbing", b"hello\n")]),
+        "whiteout": tar_bytes([PLAIN, tars.regular(b"etc/.wh.gone", b"bytes\n")]),
+        "replaced": tar_bytes(
+            [PLAIN, tars.regular(b"opt/x/y", b"first\n"), tars.regular(b"opt/x", b"second\n")]
+        ),
+    }
+
+
+def test_attributes_that_only_podman_takes_or_leaves_out_are_no_damage(
+    flavour: Flavour,
+    make_podman_env: Callable[[Flavour], PodmanEnv],
+    registry: DebianRegistry,
+    push: Callable[[oci.StoredImage, str], object],
+    workspace: Path,
+) -> None:
+    env = make_podman_env(flavour)
+    archive = tar_bytes(
+        [
+            tars.directory(b"d", xattrs={b"trusted.overlay.opaque": b"y"}),
+            tars.regular(b"d/f", b"f\n", xattrs={b"user.empty": b"", b"user.overlay.x": b"y"}),
+        ]
+    )
+    layout = workspace / f"check-attributes-{flavour}"
+    push(oci.write_image(layout, "odd", [LayerSource(archive)], RunConfig()), "odd/attributes:1")
+    env.podman("pull", "-q", f"{registry.host}/odd/attributes:1")
+    assert findings(env, "--full", "--repair") == (0, [])
+
+
+def test_an_archive_that_never_comes_back_is_no_damage(
+    flavour: Flavour,
+    make_podman_env: Callable[[Flavour], PodmanEnv],
+    registry: DebianRegistry,
+    push: Callable[[oci.StoredImage, str], object],
+    workspace: Path,
+) -> None:
+    env = make_podman_env(flavour)
+    place = workspace / f"check-odd-{flavour}"
+    place.mkdir()
+    for name, archive in odd_archives(place).items():
+        layout = place / name
+        push(oci.write_image(layout, name, [LayerSource(archive)], RunConfig()), f"odd/{name}:1")
+        env.podman("pull", "-q", f"{registry.host}/odd/{name}:1")
+    status, found = findings(env, "--full", "--repair")
+    assert (status, kinds(found)) == (0, set())
+    assert [one["kind"] for one in found] == ["layer-archive-lost"] * 4
+    assert len(layers_of(env)) == 4
+    for layer in layers_of(env):
+        (env.graph_root / "overlay" / layer / "diff/etc/plain").write_bytes(b"PLAIN\n")
+    status, found = findings(env, "--full")
+    assert status == 1
+    assert [one["kind"] for one in found] == ["layer-changed"] * 4
+    assert all(one["detail"].startswith("etc/plain: ") for one in found)
 
 
 def test_a_table_that_cannot_be_read_is_left_alone(filled: tuple[PodmanEnv, str]) -> None:

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from layerstore.errors import CorruptStorage, LayerstoreError, UsageError
+from layerstore.errors import CorruptStorage, LayerstoreError, StorageError, UsageError
 from layerstore.graphroot import atomic, bigdata
-from layerstore.graphroot.contents import content_problem
+from layerstore.graphroot.contents import layer_contents
 from layerstore.graphroot.extract import ExtractOptions
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.mountpoints import MountPoints
@@ -50,6 +50,8 @@ class Kind(enum.StrEnum):
     LAYER_INCOMPLETE = "layer-incomplete"
     LAYER_CONTENT = "layer-content-missing"
     LAYER_CHANGED = "layer-changed"
+    LAYER_UNREADABLE = "layer-unreadable"
+    LAYER_ARCHIVE = "layer-archive-lost"
     LAYER_LOWER = "layer-lower-wrong"
     LAYER_LINK = "layer-link-lost"
     LAYER_STORE = "layer-store-unreachable"
@@ -63,6 +65,7 @@ class Kind(enum.StrEnum):
 
 
 _WEIGHTS: Final = {
+    Kind.LAYER_ARCHIVE: Weight.NOTICE,
     Kind.LAYER_STORE: Weight.NOTICE,
     Kind.LAYER_UNUSED: Weight.NOTICE,
     Kind.LAYER_INCOMPLETE: Weight.LEFTOVER,
@@ -336,9 +339,14 @@ _RULES: Final = (_names, _references, _directories, _files, _images, _mounts)
 
 # -- contents ------------------------------------------------------------------------------
 
+# What was found of a layer, or of one below it, so that its files prove nothing.
+_NOT_TO_BE_READ: Final = frozenset(
+    (Kind.LAYER_CONTENT, Kind.LAYER_CHANGED, Kind.LAYER_LOWER, Kind.LAYER_LINK)
+)
+
 
 def _contents(view: _View, advance: Advance | None) -> None:
-    broken = {found.subject for found in view.findings}
+    broken = {found.subject for found in view.findings if found.kind in _NOT_TO_BE_READ}
     area = view.store.layer_area
     records = [
         record
@@ -354,6 +362,19 @@ def _contents(view: _View, advance: Advance | None) -> None:
             advance(record.id, number, len(records))
         if layer.is_lazy or area.tar_split(record.id) is None:
             continue  # its store verifies what it serves; nothing tells what else was in there
-        problem = content_problem(layer, options)
+        kind, problem = _content_problem(layer, options)
         if problem and any(record == still for still in area.table.snapshot()):
-            view.add(Kind.LAYER_CHANGED, record.id, problem)
+            view.add(kind, record.id, problem)
+
+
+def _content_problem(layer: Layer, options: ExtractOptions) -> tuple[Kind, str]:
+    """What is wrong with the files of a layer, "" for nothing."""
+    try:
+        found = layer_contents(layer, options)
+    except StorageError as error:
+        if error.subject != str(layer.diff_path):
+            raise  # the place for temporary files fails all layers
+        return Kind.LAYER_UNREADABLE, error.what
+    if found.changed or not found.lost:
+        return Kind.LAYER_CHANGED, found.changed
+    return Kind.LAYER_ARCHIVE, f"its archive cannot be put together again: {found.lost}"

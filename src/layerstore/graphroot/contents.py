@@ -4,6 +4,11 @@ The tar-split knows the archive but for the contents of files: put together with
 stream must have the layer's diff ID.  That says nothing of owners, modes, times, links, devices,
 attributes, and of files that came later.  So the headers are extracted once more, into a place
 for temporary files and without contents, and the two trees compared.
+
+Not every archive comes back: one entry may take another's place, a whiteout have content, a file
+be sparse.  Such a layer was never whole in that sense, and is as good as on its first day.  The
+second extraction tells it from one that changed: a content that is lost is missed only where the
+archive, extracted to its end, has it.
 """
 
 from __future__ import annotations
@@ -11,32 +16,59 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from layerstore import limits
-from layerstore.errors import ContentError, CorruptStorage
-from layerstore.formats.tarstream import TarReader
-from layerstore.graphroot.extract import ExtractOptions, Extractor
+from layerstore.errors import (
+    ContentError,
+    CorruptStorage,
+    InvalidLayer,
+    LayerstoreError,
+    LimitExceeded,
+    StorageError,
+)
+from layerstore.formats import tarstream
+from layerstore.formats.tarstream import TarEntry, TarReader
+from layerstore.graphroot import tarsplit
+from layerstore.graphroot.beneath import Beneath, clean
+from layerstore.graphroot.export import opened_files
+from layerstore.graphroot.extract import OVERLAYS_OWN, ExtractOptions, Extractor
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.removal import remove_tree
+from layerstore.graphroot.tarsplit import SplitFile
 from layerstore.graphroot.treecheck import tree_differences
 
 _TOLD: Final = 3  # differences of one layer
+_MISSED: Final = 10_000  # contents of one layer that are looked into
 _CLOCK_NS: Final = 2 * 10**9  # by which the times of a file system may lag behind ours
+_SPARSE: Final = b"GNU.sparse."
 
 
-def content_problem(layer: Layer, options: ExtractOptions) -> str:
-    """What is wrong with the files of ``layer``, which has a diff ID and a tar-split; "" for nothing.
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What was found, "" for nothing: what has ``changed``, and why the archive is ``lost``.
 
-    ``options`` are those that the layer was extracted with.  Raises StorageError if it cannot be
-    looked at, or if the system's place for temporary files cannot take it.
+    Of an archive that is lost no file need have changed.
+    """
+
+    changed: str = ""
+    lost: str = ""
+
+
+def layer_contents(layer: Layer, options: ExtractOptions) -> Contents:
+    """Look at the files of ``layer``, which has a diff ID and a tar-split.
+
+    ``options`` are those that the layer was extracted with.  Raises StorageError if the layer
+    cannot be read, with its ``diff`` as the subject, or if the system's place for temporary files
+    cannot take it.
     """
     with tempfile.TemporaryDirectory(prefix="layerstore-check-") as scratch:
-        return _Check(layer, options, Path(scratch)).problem()
+        return _Check(layer, options, Path(scratch)).contents()
 
 
 class _Check:
@@ -46,75 +78,221 @@ class _Check:
         self._expected = scratch / "diff"
         assert layer.diff_id is not None
         self._diff_id = layer.diff_id
-        self._stream = _HashedStream(layer.tar(), layer.diff_id.algorithm)
 
-    def problem(self) -> str:
+    def contents(self) -> Contents:
         began = time.time_ns() - _CLOCK_NS
+        self._expected.mkdir(mode=0o755)
         try:
-            try:
-                root_entry = self._extract_headers()
-                self._stream.drain()
-                if self._stream.digest != self._diff_id:
-                    return f"its files are no longer {self._diff_id}"
-            except CorruptStorage as error:
-                return str(error)
-            if root_entry is None or self._layer.record.uid_map or self._layer.record.gid_map:
-                return ""
-            found = tree_differences(
+            with Extractor(self._expected, self._options) as extractor:
+                stream = _Stream(extractor, self._expected, self._diff_id.algorithm)
+                self._read(stream)
+                extractor.finish()
+            changed = stream.missed()
+            lost = ""
+            if stream.misses:
+                lost = stream.odd or stream.misses[0].why_lost
+            elif stream.digest != self._diff_id:
+                # A tar-split is exact, but for what made Go's reader leave bytes out.
+                changed = "" if stream.odd else f"its files are no longer {self._diff_id}"
+                lost = stream.odd
+            if not changed and not stream.refused and not self._is_mapped:
+                changed = self._differences(stream, began, roots=extractor.root_entry)
+            return Contents(changed, "" if changed else lost)
+        except CorruptStorage as error:
+            return Contents(str(error))
+        finally:
+            remove_tree(self._expected)
+
+    @property
+    def _is_mapped(self) -> bool:
+        return bool(self._layer.record.uid_map or self._layer.record.gid_map)
+
+    def _read(self, stream: _Stream) -> None:
+        split = self._layer.area.tar_split(self._layer.id)
+        diff = self._layer.diff_path
+        try:
+            if split is None:
+                raise FileNotFoundError(f"{self._layer.id} has no tar-split any more")
+            with split.open("rb") as file, opened_files(diff, self._layer.lower_dirs) as open_file:
+                for line in tarsplit.lines(file):
+                    if isinstance(line, bytes):
+                        stream.segment(line)
+                    else:
+                        stream.file(line, open_file)
+                stream.end()
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error}", subject=str(diff)) from error
+
+    def _differences(self, stream: _Stream, began: int, *, roots: bool) -> str:
+        return _in_short(
+            tree_differences(
                 self._expected,
                 self._layer.diff_path,
                 made_after_ns=began,
                 contents=False,
-                roots=root_entry,
+                roots=roots,
+                optional=stream.optional,
             )
-            told = list(islice(found, _TOLD + 1))
-            return "; ".join([*told[:_TOLD], *(["and more"] if told[_TOLD:] else [])])
-        finally:
-            if self._expected.exists():
-                remove_tree(self._expected)
-
-    def _extract_headers(self) -> bool | None:
-        """Whether the archive has an entry for its root; None for what we would not extract.
-
-        Others may have taken an archive that we refuse: then only its digest is compared.
-        """
-        self._expected.mkdir(mode=0o755)
-        reader = TarReader(self._stream)
-        try:
-            with Extractor(self._expected, self._options) as extractor:
-                for entry in reader:
-                    extractor.apply(replace(entry, size=0) if entry.size else entry, reader.read)
-                extractor.finish()
-        except ContentError:
-            return None
-        return extractor.root_entry
+        )
 
 
-class _HashedStream:
-    """The pieces of a tar stream as a file; hashes what is read."""
+@dataclass(frozen=True, slots=True)
+class _Miss:
+    """A content that is not there; ``number`` is that of its entry."""
 
-    def __init__(self, pieces: Iterator[bytes], algorithm: str) -> None:
-        self._pieces = pieces
-        self._piece = memoryview(b"")
+    name: bytes
+    number: int
+    error: LayerstoreError
+
+    @property
+    def mark(self) -> bytes:
+        """What stands in the place of the content in the second extraction."""
+        return b"%d" % self.number
+
+    @property
+    def why_lost(self) -> str:
+        """For an archive that itself leaves nothing with this content."""
+        if isinstance(self.error, ContentError):
+            return str(self.error)
+        shown = self.name[:256].decode(errors="replace")
+        return f"{shown}: the archive itself leaves no file of this content"
+
+
+class _Stream:
+    """An archive as it comes out of a tar-split: hashed, its headers extracted one by one.
+
+    Each entry is read by itself, so that one that is not for us costs no other.
+    """
+
+    def __init__(self, extractor: Extractor, expected: Path, algorithm: str) -> None:
+        self.odd = ""  # why the archive may not come back
+        self.refused = False  # whether the extraction is not all that others have made
+        self.misses: list[_Miss] = []
+        self.optional: dict[int, dict[bytes, bytes]] = {}  # see tree_differences
+        self._optional_bytes = 0
+        self._extractor = extractor
+        self._expected = expected
         self._algorithm = algorithm
         self._hash = hashlib.new(algorithm)
-
-    def read(self, n: int, /) -> bytes:
-        while not self._piece:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return b""
-            self._hash.update(piece)
-            self._piece = memoryview(piece)
-        data, self._piece = bytes(self._piece[:n]), self._piece[n:]
-        return data
-
-    def drain(self) -> None:
-        """Read to the end."""
-        while self.read(limits.MIB):
-            pass
+        self._raw = bytearray()  # since the last entry
+        self._unread: ContentError | None = None
+        self._number = 0
 
     @property
     def digest(self) -> str:
-        """Of what was read."""
+        """Of the whole, if there are no ``misses``."""
         return f"{self._algorithm}:{self._hash.hexdigest()}"
+
+    def segment(self, data: bytes) -> None:
+        """Raw bytes of the stream."""
+        self._hash.update(data)
+        if len(self._raw) <= limits.TAR_EXTENDED_HEADER_BYTES + limits.MIB:
+            self._raw += data
+
+    def file(self, line: SplitFile, open_file: Callable[[bytes], BinaryIO]) -> None:
+        """An entry.  Raises OSError if its content cannot be read, StorageError."""
+        self._number += 1
+        miss: _Miss | None = None
+        try:
+            for data in tarsplit.content(line, open_file):
+                self._hash.update(data)
+        except (CorruptStorage, ContentError) as error:
+            miss = _Miss(line.name, self._number, error)
+            if len(self.misses) < _MISSED:
+                self.misses.append(miss)
+        # Headers are blocks, so what is over belongs to the content before them.
+        headers = bytes(self._raw[len(self._raw) % tarstream.BLOCK :])
+        if _SPARSE in headers:
+            self.odd = self.odd or "it has a sparse file, which is not kept as in the archive"
+        entry: TarEntry | None
+        try:
+            entry = _entry(headers)
+            self._unread = None
+        except ContentError as error:
+            self._unread = error
+            if not line.size:
+                # Go makes an entry of a PAX global header, which belongs to what follows.
+                return
+            self._refuse(error)
+            entry = _stand_in(headers, line.name)
+        self._raw.clear()
+        if entry is not None:
+            self._apply(entry, miss)
+
+    def end(self) -> None:
+        """The archive is at its end."""
+        if self._unread is not None:
+            self._refuse(self._unread)
+
+    def missed(self) -> str:
+        """The contents that the extraction has and the layer has not."""
+        with Beneath(self._expected) as tree:
+            return _in_short(str(miss.error) for miss in self.misses if _has(tree, miss))
+
+    def _apply(self, entry: TarEntry, miss: _Miss | None) -> None:
+        mark = miss.mark if miss is not None and entry.type == tarstream.REGULAR else b""
+        entry = replace(entry, size=len(mark))
+        try:
+            self._extractor.apply(entry, BytesIO(mark).read)
+            self._note_optional(entry)
+        except ContentError as error:
+            self._refuse(error)
+        except StorageError as error:
+            if not entry.xattrs:
+                raise
+            # File systems differ in what attributes they take, and how large.
+            self._extractor.apply(replace(entry, xattrs={}), BytesIO(mark).read)
+            self.refused = True
+            self.odd = self.odd or str(error)
+
+    def _note_optional(self, entry: TarEntry) -> None:
+        """Remember the attributes that not every tool takes from an archive.
+
+        Podman sets overlay's own, we do not; Podman 4 leaves out those without a value.
+        """
+        found = {
+            name: value
+            for name, value in entry.xattrs.items()
+            if not value or name.startswith(OVERLAYS_OWN)
+        }
+        if not found:
+            return
+        self._optional_bytes += sum(map(len, (*found.keys(), *found.values())))
+        if self._optional_bytes > limits.OPTIONAL_ATTRIBUTES_BYTES:
+            raise LimitExceeded("the layer has too many attributes of overlay's own")
+        with Beneath(self._expected) as tree:
+            made = tree.stat(clean(entry.name))
+        if made is not None:
+            self.optional.setdefault(made.st_ino, {}).update(found)
+
+    def _refuse(self, error: ContentError) -> None:
+        self.refused = True
+        self.odd = self.odd or str(error)
+
+
+def _entry(headers: bytes) -> TarEntry:
+    entry = TarReader(BytesIO(headers)).next()
+    if entry is None:
+        raise InvalidLayer("an entry has no header")
+    return entry
+
+
+def _stand_in(headers: bytes, name: bytes) -> TarEntry | None:
+    """An entry in the place of one that only others can read; its last block is its own."""
+    try:
+        return replace(_entry(headers[-tarstream.BLOCK :]), name=name)
+    except ContentError:
+        return None
+
+
+def _has(tree: Beneath, miss: _Miss) -> bool:
+    try:
+        with open(tree.open_file(clean(miss.name)), "rb") as file:
+            return file.read(len(miss.mark) + 1) == miss.mark
+    except (OSError, ContentError):
+        return False
+
+
+def _in_short(found: Iterable[str]) -> str:
+    told = list(islice(found, _TOLD + 1))
+    return "; ".join([*told[:_TOLD], *(["and more"] if told[_TOLD:] else [])])

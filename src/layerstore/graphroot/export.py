@@ -12,10 +12,11 @@ seconds, and sockets are left out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -56,20 +57,30 @@ def export_diff(diff: Path, lowers: Sequence[Path], tar_split: Path | None) -> I
 
 def _exact(diff: Path, lowers: Sequence[Path], tar_split: Path) -> Iterator[bytes]:
     try:
-        with tar_split.open("rb") as file, Beneath(diff) as tree, LowerTrees(lowers) as below:
-
-            def open_file(name: bytes) -> BinaryIO:
-                path = clean(name)
-                tree.trim()
-                try:
-                    fd = tree.open_file(path)
-                except (FileNotFoundError, NotADirectoryError):
-                    fd = below.open_file(path)
-                return open(fd, "rb")
-
+        with tar_split.open("rb") as file, opened_files(diff, lowers) as open_file:
             yield from assemble(file, open_file)
     except OSError as error:
         raise StorageError(f"cannot export: {error}", subject=str(diff)) from error
+
+
+@contextlib.contextmanager
+def opened_files(diff: Path, lowers: Sequence[Path]) -> Iterator[Callable[[bytes], BinaryIO]]:
+    """What opens a regular file by its name in the archive, in ``diff`` or else in ``lowers``.
+
+    Both it and opening the trees raise OSError; it raises InvalidLayer for a name that leads out.
+    """
+    with Beneath(diff) as tree, LowerTrees(lowers) as below:
+
+        def open_file(name: bytes) -> BinaryIO:
+            path = clean(name)
+            tree.trim()
+            try:
+                fd = tree.open_file(path)
+            except (FileNotFoundError, NotADirectoryError):
+                fd = below.open_file(path)
+            return open(fd, "rb")
+
+        yield open_file
 
 
 def _fresh(diff: Path, lowers: Sequence[Path]) -> Iterator[bytes]:

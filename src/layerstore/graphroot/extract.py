@@ -49,7 +49,7 @@ _SPECIAL: Final = 0o7000
 _PARENT_MODE: Final = 0o755
 _IGNORED_XATTRS: Final = frozenset((b"security.selinux",))
 # How the mounts read a layer is not the archive's to say: redirects, opacity, owners.
-_OVERLAYS_OWN: Final = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
+OVERLAYS_OWN: Final = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
 _DEFAULT_ACL: Final = b"system.posix_acl_default"
 _NODES: Final = {
     tarstream.CHARACTER: stat.S_IFCHR,
@@ -407,7 +407,7 @@ class Extractor:
     def _attributes(self, entry: TarEntry, file: int | bytes) -> None:
         follow = not isinstance(file, bytes)
         for name, value in entry.xattrs.items():
-            if name in _IGNORED_XATTRS or name.startswith(_OVERLAYS_OWN):
+            if name in _IGNORED_XATTRS or name.startswith(OVERLAYS_OWN):
                 continue
             if not name or b"\0" in name:
                 _refuse(entry, "the entry has an extended attribute without a proper name")

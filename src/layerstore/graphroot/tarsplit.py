@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from gzip import BadGzipFile
 from typing import BinaryIO, Final, cast
 
@@ -14,7 +15,7 @@ import msgspec
 from isal import igzip, isal_zlib
 
 from layerstore import limits
-from layerstore.errors import CorruptStorage, StorageError
+from layerstore.errors import CorruptStorage
 from layerstore.formats import tarsplit
 from layerstore.formats.gzipmember import GzipError
 from layerstore.formats.tarsplit import crc64
@@ -26,7 +27,7 @@ _LINE_BYTES: Final = 2 * limits.TAR_EXTENDED_HEADER_BYTES
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GZIP_WBITS: Final = 31
 
-__all__ = ["TarSplitWriter", "assemble", "crc64"]
+__all__ = ["SplitFile", "TarSplitWriter", "assemble", "content", "crc64", "lines"]
 
 
 class TarSplitWriter(tarsplit.TarSplitWriter):
@@ -45,26 +46,53 @@ class _Line(msgspec.Struct, frozen=True):
     payload: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SplitFile:
+    """An entry of the archive; its content of ``size`` bytes is not in the tar-split."""
+
+    name: bytes
+    size: int
+    crc: bytes
+
+
 def assemble(tar_split: BinaryIO, open_file: Callable[[bytes], BinaryIO]) -> Iterator[bytes]:
     """Give the tar stream back, in pieces of at most 1 MiB for files.
 
     ``tar_split`` is the file of JSON lines, compressed or not.  ``open_file`` is called with the
-    name of an entry as it stands in the archive, and gives its content or raises OSError.  Raises CorruptStorage for a damaged tar-split, and for a file that changed since it
-    was extracted.
+    name of an entry as it stands in the archive, and gives its content or raises OSError.  Raises
+    CorruptStorage for a damaged tar-split, and for a file that changed since it was extracted.
+    """
+    for line in lines(tar_split):
+        if isinstance(line, bytes):
+            yield line
+        else:
+            yield from content(line, open_file)
+
+
+def lines(tar_split: BinaryIO) -> Iterator[bytes | SplitFile]:
+    """What is in a tar-split: raw bytes of the stream, and entries in the place of contents.
+
+    Raises CorruptStorage for a damaged one, OSError.
     """
     for line in _lines(tar_split):
         if line.type == _SEGMENT:
-            yield _payload(line)
-        elif line.type == _FILE and line.size:
-            yield from _content(line, open_file)
+            yield _base64(line.payload or "")
+        elif line.type == _FILE:
+            name = _base64(line.name_raw) if line.name_raw else line.name.encode()
+            yield SplitFile(name, line.size, _base64(line.payload or ""))
 
 
-def _content(line: _Line, open_file: Callable[[bytes], BinaryIO]) -> Iterator[bytes]:
-    name = _name(line)
-    shown = name.decode(errors="replace")
+def content(line: SplitFile, open_file: Callable[[bytes], BinaryIO]) -> Iterator[bytes]:
+    """The content of one entry, in pieces.
+
+    Raises CorruptStorage for a file that changed; less than ``line.size`` bytes were given then.
+    """
+    if line.size <= 0:
+        return
+    shown = line.name.decode(errors="replace")
     left, crc = line.size, 0
     try:
-        file = open_file(name)
+        file = open_file(line.name)
     except OSError as error:
         raise CorruptStorage(
             f"the file is not what it was when the layer was extracted: {error.strerror or 'gone'}",
@@ -86,10 +114,10 @@ def _content(line: _Line, open_file: Callable[[bytes], BinaryIO]) -> Iterator[by
             yield data
 
 
-def _check(line: _Line, crc: int, *, longer: bool, shown: str) -> None:
+def _check(line: SplitFile, crc: int, *, longer: bool, shown: str) -> None:
     if longer:
         raise CorruptStorage("the file is longer than when the layer was extracted", subject=shown)
-    if crc.to_bytes(8, "big") != _payload(line):
+    if crc.to_bytes(8, "big") != line.crc:
         raise CorruptStorage(
             "file integrity checksum failed: it changed since the layer was extracted",
             subject=shown,
@@ -111,16 +139,6 @@ def _lines(tar_split: BinaryIO) -> Iterator[_Line]:
         raise CorruptStorage(f"a line of the tar-split is damaged: {error}") from None
     except (EOFError, BadGzipFile, GzipError) as error:
         raise CorruptStorage(f"the tar-split is damaged: {error}") from None
-    except OSError as error:
-        raise StorageError(f"the tar-split cannot be read: {error}") from error
-
-
-def _name(line: _Line) -> bytes:
-    return _base64(line.name_raw) if line.name_raw else line.name.encode()
-
-
-def _payload(line: _Line) -> bytes:
-    return _base64(line.payload or "")
 
 
 def _base64(text: str) -> bytes:

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -160,14 +160,17 @@ def tree_differences(
     made_after_ns: int,
     contents: bool = True,
     roots: bool = True,
+    optional: Mapping[int, Mapping[bytes, bytes]] | None = None,
 ) -> Iterator[str]:
     """What is different in ``actual``, one sentence each; nothing if the trees are the same.
 
     What is newer than ``made_after_ns`` in ``expected`` has no time of its own: whiteouts,
     and directories that were made because something lies in them.  Without ``contents`` the
-    files of ``expected`` are empty; without ``roots`` the two directories themselves may differ.
+    sizes of files do not count; without ``roots`` the two directories themselves may differ.
+    ``optional`` are attributes, by inode of ``expected``, that may be there with this value or not.
     Raises ``StorageError``.
     """
+    optional = optional or {}
     with OpenTree(expected) as left, OpenTree(actual) as right:
         links = _Links()
         for wanted, found in _side_by_side(left.walk(), right.walk()):
@@ -179,6 +182,8 @@ def tree_differences(
                 yield f"{shown(found.path)} does not belong there"
             elif wanted is not None and found is not None:
                 compared = wanted if contents else replace(wanted, size=found.size)
+                if wanted.inode in optional:
+                    compared = _with_optional(compared, found, optional[wanted.inode])
                 difference = _node_difference(compared, found) or links.difference(
                     wanted.inode, found.inode
                 )
@@ -232,6 +237,18 @@ class _Links:
         ):
             return None
         return "is a link to another file"
+
+
+def _with_optional(wanted: Node, found: Node, optional: Mapping[bytes, bytes]) -> Node:
+    """``wanted`` with the optional attributes as ``found`` has them."""
+    xattrs = dict(wanted.xattrs)
+    for name, value in optional.items():
+        if name not in found.xattrs:
+            xattrs.pop(name, None)
+        elif found.xattrs[name] == value:
+            xattrs[name] = value
+    opaque = found.opaque if not optional.keys().isdisjoint(OPAQUE) else wanted.opaque
+    return replace(wanted, xattrs=xattrs, opaque=opaque)
 
 
 def _node_difference(wanted: Node, found: Node) -> str | None:

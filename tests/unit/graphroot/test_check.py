@@ -222,6 +222,24 @@ def test_a_layer_of_no_image_is_a_notice(store: Store, base: Path) -> None:
     assert store.layer(spare.id).diff_path.exists()
 
 
+def test_a_layer_of_no_image_is_read_as_well(store: Store, base: Path) -> None:
+    spare = graphroot.put_layer(store, graphroot.layer_tar(tars.regular(b"file", b"content\n")))
+    (store.layer(spare.id).diff_path / "file").write_bytes(b"changed\n")
+    assert kinds(store) == [Kind.LAYER_UNUSED]
+    assert kinds(store, full=True) == [Kind.LAYER_UNUSED, Kind.LAYER_CHANGED]
+    assert fsck.repair_storage(store, full=True).remaining == ()
+    assert [image.names for image in store.images()] == [(KEPT,)]
+    assert check.check(store, full=True).findings == ()
+
+
+def test_a_layer_with_the_name_of_another_is_read_as_well(store: Store, base: Path) -> None:
+    path = store.layer_area.directory / "layers.json"
+    records = json.loads(path.read_bytes())
+    path.write_text(json.dumps([{**record, "names": ["twin"]} for record in records]))
+    (base.parent.parent / records[1]["id"] / "diff/extra").touch()
+    assert set(kinds(store, full=True)) == {Kind.DUPLICATE_NAME, Kind.LAYER_CHANGED}
+
+
 def test_a_layer_store_that_does_not_answer_is_a_notice(store: Store, base: Path) -> None:
     directory = base.parent
     target = store.config.graph_root / "als" / f"sha256:{'a' * 64}"
