@@ -132,6 +132,7 @@ class _Check:
                 contents=False,
                 roots=roots,
                 optional=stream.optional,
+                fewer_attributes=True,
             )
         )
 
