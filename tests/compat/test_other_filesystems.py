@@ -63,6 +63,20 @@ def test_temporary_files_there_find_a_graph_root_sound(
     assert damage(store) == ["/d/link has another time of modification"]
 
 
+def test_directories_that_hide_others_need_no_attributes_of_temporary_files(
+    other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = graphroot.open_store(tmp_path / "store")
+    hiding = graphroot.layer_tar(
+        tars.directory(b"a"), tars.opaque(b"a"), tars.directory(b"b"), tars.whiteout(b"b")
+    )
+    image = graphroot.put_image(store, [hiding], "localhost/kept:1")
+    monkeypatch.setattr("tempfile.tempdir", str(other))
+    assert damage(store) == []
+    (image.layers()[0].diff_path / "a").chmod(0o700)
+    assert damage(store) == ["/a has the mode 0700, not 0755"]
+
+
 def test_a_copy_there_is_the_same_but_for_attributes(other: Path, tmp_path: Path) -> None:
     began = time.time_ns() - 2 * 10**9
     for place in (tmp_path / "expected", other / "actual"):
