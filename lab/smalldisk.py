@@ -1,7 +1,8 @@
-"""A small file system of its own, to be filled: ext4 on a loop device, or tmpfs.
+"""A small file system of its own, to be filled or for what it is: on a loop device, or in memory.
 
 A *thin* one promises more than it has, as thin pools and overbooked virtual machines do: writes
-succeed, and get lost when the kernel wants to bring them to the device.
+succeed, and get lost when the kernel wants to bring them to the device.  A *coarse* one is ext4
+that keeps times as whole seconds; *ramfs* has no attributes, and takes what memory there is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
-Kind = Literal["ext4", "tmpfs", "thin"]
+Kind = Literal["ext4", "tmpfs", "thin", "coarse", "ramfs"]
 
 _PIECE: Final = 1 << 16
+_RAMFS: Final = ("mount", "-t", "ramfs", "-o", "mode=0700", "ramfs")
 
 
 class SmallDisk:
@@ -35,15 +37,16 @@ class SmallDisk:
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True)
         tmpfs = ("mount", "-t", "tmpfs", "-o", f"size={self._size},mode=0700", "tmpfs")
-        if self._kind == "tmpfs":
-            _run(*tmpfs, self.directory)
+        if self._kind in ("tmpfs", "ramfs"):
+            _run(*(tmpfs if self._kind == "tmpfs" else _RAMFS), self.directory)
             return self
         self._pool.mkdir()
         if self._kind == "thin":
             _run(*tmpfs, self._pool)
         with self._image.open("wb") as image:
             image.truncate(self._size)
-        _run("mkfs.ext4", "-q", "-m", "0", self._image)
+        coarse = ("-I", "128") if self._kind == "coarse" else ()
+        _run("mkfs.ext4", "-q", "-m", "0", *coarse, self._image)
         _run("mount", "-o", "loop", self._image, self.directory)  # the device goes with the mount
         return self
 

@@ -13,6 +13,7 @@ archive, extracted to its end, has it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tempfile
 import time
@@ -41,7 +42,8 @@ from layerstore.graphroot.extract import OVERLAYS_OWN, ExtractOptions, Extractor
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.tarsplit import SplitFile
-from layerstore.graphroot.treecheck import tree_differences
+from layerstore.graphroot.treecheck import OPAQUE, tree_differences
+from layerstore.graphroot.whiteouts import OPAQUE_MARKER, WHITEOUT_PREFIX
 
 _TOLD: Final = 3  # differences of one layer
 _MISSED: Final = 10_000  # contents of one layer that are looked into
@@ -132,6 +134,7 @@ class _Check:
                 contents=False,
                 roots=roots,
                 optional=stream.optional,
+                fewer_attributes=True,
             )
         )
 
@@ -233,39 +236,52 @@ class _Stream:
         mark = miss.mark if miss is not None and entry.type == tarstream.REGULAR else b""
         entry = replace(entry, size=len(mark))
         try:
+            self._make(entry, mark)
+        except StorageError as error:
+            # File systems differ in what attributes they take, and how large.
+            if entry.xattrs:
+                self._make(replace(entry, xattrs={}), mark)
+                self._refuse(error)
+            elif not self._is_only_opaque(entry, error):
+                raise
+
+    def _make(self, entry: TarEntry, mark: bytes) -> None:
+        try:
             self._extractor.apply(entry, BytesIO(mark).read)
-            self._note_optional(entry)
+            # Podman sets overlay's own attributes, we do not; Podman 4 leaves out those without a
+            # value.
+            unsure = {
+                name: value
+                for name, value in entry.xattrs.items()
+                if not value or name.startswith(OVERLAYS_OWN)
+            }
+            if unsure:
+                self._note_optional(clean(entry.name), unsure)
         except ContentError as error:
             self._refuse(error)
-        except StorageError as error:
-            if not entry.xattrs:
-                raise
-            # File systems differ in what attributes they take, and how large.
-            self._extractor.apply(replace(entry, xattrs={}), BytesIO(mark).read)
-            self.refused = True
-            self.odd = self.odd or str(error)
 
-    def _note_optional(self, entry: TarEntry) -> None:
-        """Remember the attributes that not every tool takes from an archive.
+    def _is_only_opaque(self, entry: TarEntry, error: StorageError) -> bool:
+        """Whether all that failed is that the place for temporary files has no such attribute."""
+        parent, _, last = clean(entry.name).rpartition(b"/")
+        cause = error.__cause__
+        lacking = isinstance(cause, OSError) and cause.errno == errno.ENOTSUP
+        if not lacking or not last.startswith(WHITEOUT_PREFIX):
+            return False
+        hidden = b"" if last == OPAQUE_MARKER else last.removeprefix(WHITEOUT_PREFIX)
+        self._note_optional(b"/".join(filter(None, (parent, hidden))), {OPAQUE[0]: b"y"})
+        return True
 
-        Podman sets overlay's own, we do not; Podman 4 leaves out those without a value.
-        """
-        found = {
-            name: value
-            for name, value in entry.xattrs.items()
-            if not value or name.startswith(OVERLAYS_OWN)
-        }
-        if not found:
-            return
-        self._optional_bytes += sum(map(len, (*found.keys(), *found.values())))
+    def _note_optional(self, path: bytes, xattrs: dict[bytes, bytes]) -> None:
+        self._optional_bytes += sum(map(len, (*xattrs.keys(), *xattrs.values())))
         if self._optional_bytes > limits.OPTIONAL_ATTRIBUTES_BYTES:
-            raise LimitExceeded("the layer has too many attributes of overlay's own")
+            self._refuse(LimitExceeded("the layer has too many attributes of overlay's own"))
+            return
         with Beneath(self._expected) as tree:
-            made = tree.stat(clean(entry.name))
+            made = tree.stat(path)
         if made is not None:
-            self.optional.setdefault(made.st_ino, {}).update(found)
+            self.optional.setdefault(made.st_ino, {}).update(xattrs)
 
-    def _refuse(self, error: ContentError) -> None:
+    def _refuse(self, error: LayerstoreError) -> None:
         self.refused = True
         self.odd = self.odd or str(error)
 

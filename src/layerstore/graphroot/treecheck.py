@@ -5,12 +5,15 @@ say different things there.  Whoever publishes an extracted tree under the diges
 must have compared the two: names, types, permissions, owners, sizes, link targets, devices,
 extended attributes, hard links, whiteouts and every byte.
 
-Times are compared between trees only, because a TOC rounds them.
+Times are compared between trees only, because a TOC rounds them.  Two trees may lie on file
+systems that keep different things: times as whole seconds, some kinds of attributes or none.
+What the one cannot keep says nothing about the other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -28,7 +31,12 @@ OPAQUE: Final = (b"trusted.overlay.opaque", b"user.overlay.opaque")
 _FORMAT_FILES: Final = frozenset(
     name.encode() for name in (TOC_NAME, PREFETCH_LANDMARK, NO_PREFETCH_LANDMARK)
 )
-_NOT_CONTENT: Final = frozenset((b"security.selinux",))
+# The label is this machine's; XFS shows ACLs under names of its own once more.
+_NOT_CONTENT: Final = frozenset(
+    (b"security.selinux", b"trusted.SGI_ACL_FILE", b"trusted.SGI_ACL_DEFAULT")
+)
+_SECOND: Final = 10**9
+_GRANULARITIES: Final = (_SECOND, 10**6, 10**3, 100, 1)  # of times, in nanoseconds
 _PIECE: Final = 1 << 20
 
 
@@ -50,11 +58,15 @@ class Node:
 
 
 class OpenTree:
-    """A directory tree that nobody changes; a context manager."""
+    """A directory tree that nobody changes; a context manager.
+
+    ``granularity_ns`` is how finely its file system keeps times, as far as was seen.
+    """
 
     def __init__(self, root: Path) -> None:
         """Raises ``StorageError`` if it cannot be opened."""
         self._root = root
+        self.granularity_ns = _SECOND
         try:
             self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -84,6 +96,9 @@ class OpenTree:
         """One name of the tree; raises ``OSError``."""
         facts = os.lstat(path or b".", dir_fd=self._fd)
         mode = facts.st_mode
+        for time_ns in (facts.st_ctime_ns, facts.st_mtime_ns):
+            if time_ns % self.granularity_ns:
+                self.granularity_ns = next(each for each in _GRANULARITIES if not time_ns % each)
         xattrs = self._xattrs(path)
         opaque = b"y" in [xattrs.pop(name, b"") for name in OPAQUE]
         device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
@@ -116,6 +131,14 @@ class OpenTree:
                 return running.digest()
         except OSError as error:
             raise self._failed(path, error) from error
+
+    def keeps(self, path: bytes, name: bytes) -> bool:
+        """Whether the file system has attributes of this kind."""
+        try:
+            os.getxattr(self._proc(path), name, follow_symlinks=not path)
+        except OSError as error:
+            return error.errno != errno.ENOTSUP
+        return True
 
     def set_xattr(self, path: bytes, name: bytes, value: bytes) -> None:
         """Set one attribute of a directory; raises ``OSError``."""
@@ -161,6 +184,7 @@ def tree_differences(
     contents: bool = True,
     roots: bool = True,
     optional: Mapping[int, Mapping[bytes, bytes]] | None = None,
+    fewer_attributes: bool = False,
 ) -> Iterator[str]:
     """What is different in ``actual``, one sentence each; nothing if the trees are the same.
 
@@ -168,6 +192,7 @@ def tree_differences(
     and directories that were made because something lies in them.  Without ``contents`` the
     sizes of files do not count; without ``roots`` the two directories themselves may differ.
     ``optional`` are attributes, by inode of ``expected``, that may be there with this value or not.
+    With ``fewer_attributes`` those may be missing that the file system of ``actual`` has not.
     Raises ``StorageError``.
     """
     optional = optional or {}
@@ -184,11 +209,15 @@ def tree_differences(
                 compared = wanted if contents else replace(wanted, size=found.size)
                 if wanted.inode in optional:
                     compared = _with_optional(compared, found, optional[wanted.inode])
+                if compared.xattrs != found.xattrs:
+                    compared = _as_kept(compared, found, left, right if fewer_attributes else None)
                 difference = _node_difference(compared, found) or links.difference(
                     wanted.inode, found.inode
                 )
+                coarse = max(left.granularity_ns, right.granularity_ns)
                 timeless = wanted.mtime_ns >= made_after_ns
-                if difference is None and not timeless and wanted.mtime_ns != found.mtime_ns:
+                same_time = wanted.mtime_ns // coarse == found.mtime_ns // coarse
+                if difference is None and not timeless and not same_time:
                     difference = "has another time of modification"
                 if (
                     contents
@@ -249,6 +278,19 @@ def _with_optional(wanted: Node, found: Node, optional: Mapping[bytes, bytes]) -
             xattrs[name] = value
     opaque = found.opaque if not optional.keys().isdisjoint(OPAQUE) else wanted.opaque
     return replace(wanted, xattrs=xattrs, opaque=opaque)
+
+
+def _as_kept(wanted: Node, found: Node, here: OpenTree, there: OpenTree | None) -> Node:
+    """``wanted`` as ``found`` in attributes that ``here``, or ``there``, cannot keep."""
+    xattrs = dict(wanted.xattrs)
+    for name, value in found.xattrs.items():
+        if name not in xattrs and not here.keeps(wanted.path, name):
+            xattrs[name] = value
+    if there is not None:
+        for name in wanted.xattrs.keys() - found.xattrs.keys():
+            if not there.keeps(found.path, name):
+                del xattrs[name]
+    return replace(wanted, xattrs=xattrs)
 
 
 def _node_difference(wanted: Node, found: Node) -> str | None:
