@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import tars
 from lab.simimages import Image, Publisher, without_tocs
 from lab.simregistry import SimRegistry
 
@@ -66,3 +67,33 @@ def test_an_index_without_an_image_is_told(
     publisher.push_index("app", "1", [], [publisher.attestation("app")])
     status, _, err = verb("explain", f"{registry.host}/app:1", "--all-platforms")
     assert (status, err) == (1, f"layerstore: {registry.host}/app:1: the index has no image\n")
+
+
+def test_names_do_not_command_the_terminal(
+    verb: Run, publisher: Publisher, registry: SimRegistry
+) -> None:
+    image = publisher.push(
+        "app",
+        "1",
+        [
+            [
+                tars.regular(b"nl\n\x1b[31mred", b"", xattrs={b"user.\r": b"v"}),
+                tars.symlink(b"link", b"to\x9b\tthere"),
+                tars.regular("größe".encode(), b""),
+                tars.regular("left\u202eright".encode(), b""),
+                tars.regular(b"raw\xff", b""),
+            ]
+        ],
+    )
+    arguments = ("inspect-layer", f"{registry.host}/app:1", image.layers[0].digest)
+    status, out, err = verb(*arguments)
+    assert (status, err) == (0, "")
+    assert all(line.isprintable() for line in out.splitlines())
+    lines = sorted(line.partition(" /")[2] for line in out.split("\n") if " /" in line)
+    assert lines == [
+        "", "größe", "left\\u202eright", "link -> to\\x9b\\tthere", "nl\\n\\x1b[31mred", "raw\\xff",
+    ]  # fmt: skip
+    assert "    user.\\r=" in out
+    # JSON has them as they are
+    paths = [json.loads(line).get("path") for line in verb(*arguments, "--json")[1].splitlines()]
+    assert "/nl\n\x1b[31mred" in paths
