@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab import tars
 from lab.simimages import Image, Publisher, without_tocs
 from lab.simregistry import SimRegistry
+from lab.waiting import until
+from layerstore.service.control import ControlServer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -97,3 +100,33 @@ def test_names_do_not_command_the_terminal(
     # JSON has them as they are
     paths = [json.loads(line).get("path") for line in verb(*arguments, "--json")[1].splitlines()]
     assert "/nl\n\x1b[31mred" in paths
+
+
+def test_what_is_here_of_a_layer_is_not_told_of_an_image_that_lies_about_it(
+    verb: Run, publisher: Publisher, registry: SimRegistry, asker: Any, tmp_path: Path
+) -> None:
+    def other_diff_id(manifest: dict[str, Any]) -> None:
+        without_tocs(manifest)
+        raw = json.dumps(
+            {
+                "architecture": "amd64",
+                "os": "linux",
+                "rootfs": {"type": "layers", "diff_ids": ["sha256:" + "7" * 64]},
+            }
+        ).encode()
+        manifest["config"] |= {"digest": registry.add_blob("app", raw), "size": len(raw)}
+
+    publisher.push("app", "true", [{"a": b"a" * 500}], change=without_tocs)
+    publisher.push("app", "false", [{"a": b"a" * 500}], change=other_diff_id)
+    job = asker.store.fetches.start(f"{registry.host}/app:true", ())
+    until(lambda: asker.store.fetches.status(job)["done"])
+    root = tmp_path / "root"
+    root.mkdir()
+    server = ControlServer(root, {"status": lambda _: asker.store.status()})
+    try:
+        for tag, here in (("true", "verified"), ("false", "no")):
+            status, out, err = verb("explain", f"{registry.host}/app:{tag}", "--json")
+            assert (status, err) == (0, "")
+            assert [one["here"] for one in json.loads(out)[0]["layers"]] == [here]
+    finally:
+        server.close()
