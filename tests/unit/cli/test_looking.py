@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lab.simimages import Image, Publisher, without_tocs
 from lab.simregistry import SimRegistry
 from lab.waiting import until
 from layerstore.service.control import ControlServer
+from layerstore.service.indexing import index_methods
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -28,6 +29,17 @@ def many(publisher: Publisher, registry: SimRegistry) -> tuple[str, list[Image]]
     others = [publisher.attestation("app"), publisher.artifact("app")]
     publisher.push_index("app", "1", images, others)
     return f"{registry.host}/app:1", images
+
+
+@pytest.fixture
+def served(verb: Run, asker: Any, tmp_path: Path) -> Iterator[None]:
+    """A service has the store that the verbs ask for."""
+    root = tmp_path / "root"
+    root.mkdir()
+    methods = {"status": lambda _: asker.store.status()} | index_methods(asker.store)
+    server = ControlServer(root, methods)
+    yield
+    server.close()
 
 
 @pytest.mark.parametrize("name", ["fetch", "pin", "explain"])
@@ -102,8 +114,9 @@ def test_names_do_not_command_the_terminal(
     assert "/nl\n\x1b[31mred" in paths
 
 
+@pytest.mark.usefixtures("served")
 def test_what_is_here_of_a_layer_is_not_told_of_an_image_that_lies_about_it(
-    verb: Run, publisher: Publisher, registry: SimRegistry, asker: Any, tmp_path: Path
+    verb: Run, publisher: Publisher, registry: SimRegistry, asker: Any
 ) -> None:
     def other_diff_id(manifest: dict[str, Any]) -> None:
         without_tocs(manifest)
@@ -120,13 +133,29 @@ def test_what_is_here_of_a_layer_is_not_told_of_an_image_that_lies_about_it(
     publisher.push("app", "false", [{"a": b"a" * 500}], change=other_diff_id)
     job = asker.store.fetches.start(f"{registry.host}/app:true", ())
     until(lambda: asker.store.fetches.status(job)["done"])
-    root = tmp_path / "root"
-    root.mkdir()
-    server = ControlServer(root, {"status": lambda _: asker.store.status()})
-    try:
-        for tag, here in (("true", "verified"), ("false", "no")):
-            status, out, err = verb("explain", f"{registry.host}/app:{tag}", "--json")
-            assert (status, err) == (0, "")
-            assert [one["here"] for one in json.loads(out)[0]["layers"]] == [here]
-    finally:
-        server.close()
+    for tag, here in (("true", "verified"), ("false", "no")):
+        status, out, err = verb("explain", f"{registry.host}/app:{tag}", "--json")
+        assert (status, err) == (0, "")
+        assert [one["here"] for one in json.loads(out)[0]["layers"]] == [here]
+
+
+@pytest.mark.usefixtures("served")
+def test_errors_about_indexes_begin_with_what_they_are_about(
+    verb: Run, many: tuple[str, list[Image]], tmp_path: Path
+) -> None:
+    reference, images = many
+    nonsense = tmp_path / "nonsense"
+    nonsense.write_bytes(b"nonsense")
+    status, out, err = verb("load-index", str(nonsense))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"layerstore: {nonsense}: no file of indexes")
+    save = ("save-index", reference, "-o", str(tmp_path / "saved"), "--platform")
+    status, out, err = verb(*save, "linux/arm64")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"layerstore: layer {images[1].layers[0].digest}: ")
+    assert "layerstore fetch" in err
+    # of lazy layers there is nothing to save
+    status, out, err = verb(*save, "linux/amd64")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"layerstore: {reference}: all layers have a TOC")
+    assert not (tmp_path / "saved").exists()
