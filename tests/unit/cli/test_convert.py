@@ -66,6 +66,18 @@ def test_files_to_place_first_come_from_the_line_and_from_lists(
     assert said.err.count("no layer holds") == 2
 
 
+def test_a_list_may_hold_any_bytes(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = tmp_path / "wanted"
+    wanted.write_bytes(b"\xff\x1b[31m\n")
+    arguments = ("--prioritize", f"@{wanted}", "--quiet", "--json")
+    assert run(source, f"oci:{tmp_path}/out:v1", *arguments) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["notFound"] == ["\ufffd\x1b[31m"]
+    assert said.err.rstrip("\n").isprintable()
+
+
 def test_zstd_chunked_leaves_the_diff_id(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +109,8 @@ def test_the_image_of_external_tocs_is_named(
         ("--chunk-size", "1"),
         ("--platform", "linux"),
         ("--prioritize", "@/no/such/list"),
+        ("--prioritize", "../q/a"),
+        ("--prioritize", "a" * 5000),
         ("--format", "zstd:chunked", "--external-toc"),
         ("--format", "zstd:chunked", "--prioritize", "etc"),
         ("--format", "zstd:chunked", "--min-chunk-size", "4096"),

@@ -159,3 +159,15 @@ def test_errors_about_indexes_begin_with_what_they_are_about(
     assert (status, out) == (1, "")
     assert err.startswith(f"layerstore: {reference}: all layers have a TOC")
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_layer_that_cannot_be_read_is_one_line(
+    verb: Run, publisher: Publisher, registry: SimRegistry
+) -> None:
+    image = publisher.push("app", "1", [{"a": b"a" * 500}], change=without_tocs)
+    digest = image.layers[0].digest
+    registry.blobs[digest] = b"nonsense"
+    status, out, err = verb("inspect-layer", f"{registry.host}/app:1", digest)
+    assert (status, out) == (1, "")
+    assert "event=" not in err
+    assert err.count("\n") == 1
