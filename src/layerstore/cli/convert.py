@@ -102,6 +102,15 @@ def convert(
     )
     with listener(quiet=quiet) as shown:
         result = convert_image(src, dst, options, _teller(shown))
+    layers = {layer.source: layer for image in result.images for layer in image.layers}
+    for layer in layers.values():
+        if layer.problem:
+            kept = "stays as it is" if layer.kept else "was converted in vain"
+            print(
+                f"layerstore: layer {layer.source} {kept}, it cannot be read lazily:"
+                f" {printable(layer.problem)}",
+                file=sys.stderr,
+            )
     for path in result.not_found:
         print(
             f"layerstore: no layer holds the file to place first: {printable(path)}",
@@ -183,6 +192,7 @@ def _report(result: ConvertResult) -> dict[str, Any]:
                         "diffId": str(layer.diff_id),
                         "tocDigest": None if layer.toc_digest is None else str(layer.toc_digest),
                         "kept": layer.kept,
+                        "problem": layer.problem,
                     }
                     for layer in image.layers
                 ],

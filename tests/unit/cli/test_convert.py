@@ -127,6 +127,48 @@ def test_wrong_options_end_with_status_2(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "form", [(), ("--external-toc",), ("--format", "zstd:chunked")], ids=["estargz", "toc", "zstd"]
+)
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (
+            [tars.symlink(b"lib2", b"usr/lib2"), tars.regular(b"lib2/x\x1b", b"x")],
+            "lib2/x\\x1b: an entry below one that is no directory",
+        ),
+        ([tars.regular(b"q/../q/e", b"e")], "'..'"),
+    ],
+    ids=["below-a-link", "dots"],
+)
+def test_a_layer_that_nobody_could_read_lazily_stays_and_is_told(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    form: tuple[str, ...],
+    odd: list[tars.Member],
+    said: str,
+) -> None:
+    layers = []
+    for members in (odd, [tars.regular(b"etc/hosts", b"localhost\n")]):
+        out = io.BytesIO()
+        tars.write_tar(out, members)
+        layers.append(oci.LayerSource(out.getvalue()))
+    source = oci.write_image(tmp_path / "in", "v1", layers, oci.RunConfig())
+    assert run(source.source, f"oci:{tmp_path}/out:v1", *form, "--quiet", "--json") == 0
+    output, errors = capsys.readouterr()
+    assert errors.startswith(f"layerstore: layer {source.layers[0].digest} stays as it is, ")
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert errors.rstrip("\n").isprintable()
+    stays, other = json.loads(output)["images"][0]["layers"]
+    assert (stays["kept"], stays["digest"]) == (True, source.layers[0].digest)
+    assert stays["problem"]
+    assert (other["kept"], other["problem"]) == (False, "")
+    there = oci.read_image(tmp_path / "out", "v1")
+    assert [layer.digest for layer in there.layers] == [stays["digest"], other["digest"]]
+    assert there.layers[0].diff_id == source.layers[0].diff_id
+
+
 def test_an_image_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"oci:{tmp_path}/none:v1", f"oci:{tmp_path}/out:v1") == 1
     assert "no OCI layout" in capsys.readouterr().err
