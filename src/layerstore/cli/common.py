@@ -176,6 +176,15 @@ def print_json(value: object) -> None:
     sys.stdout.buffer.flush()
 
 
+def printable(text: str) -> str:
+    """``text`` in one line, with escapes (``\\n``, ``\\x1b``) for what would command a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 def print_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, heading: bool = True
 ) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.filesize import decimal
 
-from layerstore.cli.common import named_auth_file, switch
+from layerstore.cli.common import named_auth_file, printable, switch
 from layerstore.copy.convert import ConvertOptions, ConvertResult
 from layerstore.copy.convert import Progress as Listener
 from layerstore.copy.convert import convert as convert_image
@@ -102,8 +102,20 @@ def convert(
     )
     with listener(quiet=quiet) as shown:
         result = convert_image(src, dst, options, _teller(shown))
+    layers = {layer.source: layer for image in result.images for layer in image.layers}
+    for layer in layers.values():
+        if layer.problem:
+            kept = "stays as it is" if layer.kept else "was converted in vain"
+            print(
+                f"layerstore: layer {layer.source} {kept}, it cannot be read lazily:"
+                f" {printable(layer.problem)}",
+                file=sys.stderr,
+            )
     for path in result.not_found:
-        print(f"layerstore: no layer holds the file to place first: {path}", file=sys.stderr)
+        print(
+            f"layerstore: no layer holds the file to place first: {printable(path)}",
+            file=sys.stderr,
+        )
     if json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(_report(result))) + b"\n")
     else:
@@ -180,13 +192,17 @@ def _report(result: ConvertResult) -> dict[str, Any]:
                         "diffId": str(layer.diff_id),
                         "tocDigest": None if layer.toc_digest is None else str(layer.toc_digest),
                         "kept": layer.kept,
+                        "problem": layer.problem,
                     }
                     for layer in image.layers
                 ],
             }
             for image in result.images
         ],
-        "notFound": list(result.not_found),
+        "notFound": [
+            path.encode(errors="surrogateescape").decode(errors="replace")
+            for path in result.not_found
+        ],
     } | _toc_image(result)
 
 

@@ -93,16 +93,17 @@ def _add_known(report: list[dict[str, Any]], root: Path) -> None:
         status = service.request(root, "status")
     except (ServiceError, OSError):
         return  # none runs, or not for us
-    known: dict[tuple[str, str | None], str] = {}
+    known: dict[tuple[str, str | None, str | None], str] = {}  # by all that is claimed of a blob
     for layer in status["layers"]:
         state = "complete" if layer["complete"] else "lazy"
         state = "verified" if layer["verified"] else state
         state = "quarantined" if layer["quarantine"] else state
-        known[layer["digest"], layer["toc_digest"]] = state
+        known[layer["digest"], layer["toc_digest"], layer["diff_id"]] = state
     for image in report:
         for layer in image["layers"]:
-            names = ((layer["digest"], layer["toc_digest"]), (layer["digest"], None))
-            layer["here"] = next((known[name] for name in names if name in known), "no")
+            digest, diff_id = layer["digest"], layer["diff_id"]
+            claims = ((digest, layer["toc_digest"], diff_id), (digest, None, diff_id))
+            layer["here"] = next((known[one] for one in claims if one in known), "no")
 
 
 def _print(report: list[dict[str, Any]]) -> None:

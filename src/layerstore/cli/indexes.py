@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from layerstore import limits, service
 from layerstore.cli.common import Json, option, print_json, switch
-from layerstore.errors import UsageError
+from layerstore.errors import UnknownObject, UsageError
 from layerstore.formats.announced import announced
 from layerstore.image import Digest, Platform, Reference
 from layerstore.provider import GivenLayer
@@ -45,6 +45,10 @@ def save_index(
     parsed = Reference.parse(reference.removeprefix("docker://"))
     wanted = tuple(map(Platform.parse, platform or ())) or (Platform.host(),)
     layers = _ordinary(parsed, None if all_platforms else wanted, settings)
+    if not layers:
+        raise UnknownObject(
+            "all layers have a TOC, and need no index: nothing is saved", subject=str(parsed)
+        )
     with service.index_keeper((root or Path(settings.root)).absolute(), settings) as keeper:
         _tell(keeper.save(layers, output.absolute()), "saved", json=json)
 

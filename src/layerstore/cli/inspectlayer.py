@@ -15,6 +15,7 @@ import msgspec
 from cyclopts import Parameter
 
 from layerstore import limits, service
+from layerstore.cli.common import printable
 from layerstore.errors import NotFound
 from layerstore.formats.announced import announced_name
 from layerstore.image import Descriptor, Digest, Platform, Reference
@@ -149,15 +150,15 @@ def _lines(layer: Layer, chunks: bool) -> Iterator[str]:
     for one in _entries(layer.index, chunks):
         when = datetime.datetime.fromtimestamp(int(one["mtime"]), datetime.UTC)
         size = ",".join(map(str, one["device"])) if "device" in one else str(one["size"])
-        target = f" -> {one['target']}" if "target" in one else ""
+        target = f" -> {printable(one['target'])}" if "target" in one else ""
         note = " (whiteout)" if one.get("whiteout") else ""
         mode = stat.filemode(int(one["mode"], 8))
         yield (
             f"{mode} {one['links']:>3} {one['uid']}:{one['gid']} {size:>12}"
-            f" {when:%Y-%m-%d %H:%M} {one['path']}{target}{note}"
+            f" {when:%Y-%m-%d %H:%M} {printable(one['path'])}{target}{note}"
         )
         for key, value in one.get("xattrs", {}).items():
-            yield f"    {key}={value}"
+            yield f"    {printable(key)}={value}"
         for chunk in one.get("chunks", ()):
             where = (
                 "zeros"

@@ -11,12 +11,13 @@ import hashlib
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from layerstore.copy.layerform import LayerForm
 from layerstore.copy.manifestedit import Family, layer_kind, layer_type, stale
+from layerstore.copy.readable import why_unreadable
 from layerstore.copy.recompress import blob_pieces
 from layerstore.copy.tocimage import TocImage
 from layerstore.copy.transport import (
@@ -54,7 +55,8 @@ class ConvertedLayer:
     """What became of a layer; ``kept`` says that its bytes are the source's.
 
     Sizes are bytes of the compressed blobs.  ``prioritized`` are the early files it holds,
-    ``external_toc`` digest and size of the blob with its TOC, if that is kept apart.
+    ``external_toc`` digest and size of the blob with its TOC, if that is kept apart;
+    ``problem`` says what keeps the layer from being read lazily in any form.
     """
 
     source: Digest
@@ -68,6 +70,7 @@ class ConvertedLayer:
     kept: bool
     prioritized: tuple[str, ...] = ()
     external_toc: tuple[Digest, int] | None = None
+    problem: str = ""
 
 
 class LayerConverter:
@@ -149,6 +152,7 @@ class LayerConverter:
         self._tell(layer, "done", layer.size)
 
     def _convert(self, layer: Descriptor, diff_id: Digest) -> ConvertedLayer:
+        """Write the layer in the form; one that nobody could read lazily then stays as it is."""
         with tempfile.TemporaryFile(dir=self._scratch) as blob:
             with tempfile.TemporaryFile(dir=self._scratch) as tar:
                 total = self._fetch(layer, diff_id, tar=tar)
@@ -163,6 +167,10 @@ class LayerConverter:
                 result = self._form.write(tar, blob, self._threads, count)
             blob.flush()
             self._check()
+            problem = why_unreadable(result, self._form.media_type, blob)
+            if problem and self._source.gives_blob(layer.digest):
+                self._copy(layer, diff_id)
+                return replace(_unchanged(layer, diff_id), problem=problem)
             self._tell(layer, "push", 0, result.size)
             if not self._destination.has_blob(result.digest, result.size):
                 pieces = descriptor_pieces(blob.fileno(), result.size, f"layer {layer.digest}")
@@ -184,6 +192,7 @@ class LayerConverter:
             kept=False,
             prioritized=result.prioritized,
             external_toc=toc,
+            problem=problem,
         )
 
     def _fetch(

@@ -34,7 +34,7 @@ import msgspec
 from isal import igzip_lib
 
 from layerstore import limits
-from layerstore.errors import InvalidLayer, LimitExceeded, UsageError
+from layerstore.errors import ContentError, InvalidLayer, LimitExceeded, UsageError
 from layerstore.formats.estargz import (
     LANDMARK_CONTENT,
     NO_PREFETCH_LANDMARK,
@@ -86,6 +86,13 @@ class EstargzOptions:
                 f"minimal chunk size {self.min_chunk_size} is not between 0 and "
                 f"{limits.CHUNK_BYTES // 2}"
             )
+        for path in self.prioritize:
+            try:
+                clean_path(path.encode("utf-8", "surrogateescape"))
+            except ContentError as error:
+                raise UsageError(
+                    "no path of a file in an image, to place it first", subject=repr(path)[:80]
+                ) from error
 
 
 @dataclass(frozen=True, slots=True)

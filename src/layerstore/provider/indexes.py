@@ -119,16 +119,19 @@ class Indexes:
 
     def _verified(self, digest: Digest, diff_id: Digest) -> LayerRecord:
         record = self._state.find_layer(digest, None, diff_id)
+        if record is not None and record.quarantine:
+            raise StorageError(
+                f"the layer is in quarantine: {record.quarantine}", subject=f"layer {digest}"
+            )
         if (
             record is None
             or not record.verified
-            or record.quarantine
             or not (self._loader.directory(record.slot) / "index").exists()
         ):
             raise StorageError(
                 "the layer was not taken in and verified here",
-                subject=digest,
-                advice="layerstore fetch brings it here",
+                subject=f"layer {digest}",
+                advice="layerstore fetch brings it here, or says why it cannot",
             )
         return record
 

@@ -35,6 +35,7 @@ from layerstore.errors import (
 from layerstore.formats import FOOTER_BYTES, iter_toc, parse_footer, read_toc
 from layerstore.formats.announced import Announced, Form, Place, announced
 from layerstore.formats.compression import zstd
+from layerstore.formats.footer import EXTERNAL_FOOTER_BYTES
 from layerstore.formats.members import Packing
 from layerstore.formats.zstdchunked import read_zstd_toc, tar_length, tar_split_digest
 from layerstore.image import Descriptor, Digest, Reference, media_types
@@ -144,7 +145,7 @@ class Loader:
         if promised.toc is not None:
             return self._read_zstd(reference, descriptor, promised, deadline)
         size = descriptor.size
-        if size < FOOTER_BYTES:
+        if size < EXTERNAL_FOOTER_BYTES:  # the shortest there is
             raise InvalidLayer(
                 f"{size} bytes are too short for a footer", subject=descriptor.digest
             )

@@ -361,7 +361,8 @@ def _extent(
     given = answers.parse_content_range(value)
     total_size = size if given is None or given.total is None else given.total
     if given is None or total_size is None:
-        raise RegistryError(f"sent a range labelled {value!r}", subject=subject)
+        what = "without a Content-Range" if value is None else f"labelled {value!r}"
+        raise RegistryError(f"sent a range {what}", subject=subject)
     if size is not None and total_size != size:
         raise RegistryError(f"blob has {total_size} bytes, not {size}", subject=subject)
     end = total_size if length is None else min(offset + length, total_size)

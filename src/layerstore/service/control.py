@@ -83,7 +83,7 @@ class ControlServer:
             request = msgspec.json.decode(line, type=dict[str, Any])
             handler = self._handlers[request["method"]]
         except (msgspec.MsgspecError, KeyError, TypeError):
-            return {"error": "unknown request"}
+            return {"error": "the service knows no such request (is it of another version?)"}
         try:
             return handler(request)
         except LayerstoreError as error:
@@ -126,7 +126,7 @@ def request(
     except msgspec.MsgspecError as error:
         raise ServiceError("the service's answer makes no sense", subject=str(path)) from error
     if "error" in answer:
-        raise ServiceError(str(answer["error"]), subject=str(path))
+        raise ServiceError(str(answer["error"]))  # it says itself what it is about
     return answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -53,7 +54,11 @@ def registry_settings(config: Config) -> RegistrySettings:
 
 @contextlib.contextmanager
 def passing_store(config: Config) -> Iterator[Store]:
-    """A store that is thrown away: it fetches nothing ahead, and ordinary layers only if told to."""
+    """A store that is thrown away: it fetches nothing ahead, and ordinary layers only if told to.
+
+    It logs no warnings unless everything is logged: what is wrong with a layer it raises, and of
+    itself there is nothing to tell.
+    """
     quiet = msgspec.structs.replace(
         config,
         prefetch=False,
@@ -64,10 +69,25 @@ def passing_store(config: Config) -> Iterator[Store]:
         ),
     )
     with (
+        _errors_only("layerstore.provider", "layerstore.content"),
         tempfile.TemporaryDirectory(prefix="layerstore-judge-") as root,
         open_store(Path(root), quiet) as store,
     ):
         yield store
+
+
+@contextlib.contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Log no warnings below these names, unless everything is logged."""
+    loggers = [logging.getLogger(name) for name in names]
+    quiet = [(each, each.level) for each in loggers if not each.isEnabledFor(logging.DEBUG)]
+    for logger, _ in quiet:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in quiet:
+            logger.setLevel(level)
 
 
 def _judged(policy: Ordinary) -> Ordinary:

@@ -66,6 +66,18 @@ def test_files_to_place_first_come_from_the_line_and_from_lists(
     assert said.err.count("no layer holds") == 2
 
 
+def test_a_list_may_hold_any_bytes(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = tmp_path / "wanted"
+    wanted.write_bytes(b"\xff\x1b[31m\n")
+    arguments = ("--prioritize", f"@{wanted}", "--quiet", "--json")
+    assert run(source, f"oci:{tmp_path}/out:v1", *arguments) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["notFound"] == ["\ufffd\x1b[31m"]
+    assert said.err.rstrip("\n").isprintable()
+
+
 def test_zstd_chunked_leaves_the_diff_id(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +109,8 @@ def test_the_image_of_external_tocs_is_named(
         ("--chunk-size", "1"),
         ("--platform", "linux"),
         ("--prioritize", "@/no/such/list"),
+        ("--prioritize", "../q/a"),
+        ("--prioritize", "a" * 5000),
         ("--format", "zstd:chunked", "--external-toc"),
         ("--format", "zstd:chunked", "--prioritize", "etc"),
         ("--format", "zstd:chunked", "--min-chunk-size", "4096"),
@@ -111,6 +125,48 @@ def test_wrong_options_end_with_status_2(
     said = capsys.readouterr().err
     assert said.startswith("layerstore: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "form", [(), ("--external-toc",), ("--format", "zstd:chunked")], ids=["estargz", "toc", "zstd"]
+)
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (
+            [tars.symlink(b"lib2", b"usr/lib2"), tars.regular(b"lib2/x\x1b", b"x")],
+            "lib2/x\\x1b: an entry below one that is no directory",
+        ),
+        ([tars.regular(b"q/../q/e", b"e")], "'..'"),
+    ],
+    ids=["below-a-link", "dots"],
+)
+def test_a_layer_that_nobody_could_read_lazily_stays_and_is_told(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    form: tuple[str, ...],
+    odd: list[tars.Member],
+    said: str,
+) -> None:
+    layers = []
+    for members in (odd, [tars.regular(b"etc/hosts", b"localhost\n")]):
+        out = io.BytesIO()
+        tars.write_tar(out, members)
+        layers.append(oci.LayerSource(out.getvalue()))
+    source = oci.write_image(tmp_path / "in", "v1", layers, oci.RunConfig())
+    assert run(source.source, f"oci:{tmp_path}/out:v1", *form, "--quiet", "--json") == 0
+    output, errors = capsys.readouterr()
+    assert errors.startswith(f"layerstore: layer {source.layers[0].digest} stays as it is, ")
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert errors.rstrip("\n").isprintable()
+    stays, other = json.loads(output)["images"][0]["layers"]
+    assert (stays["kept"], stays["digest"]) == (True, source.layers[0].digest)
+    assert stays["problem"]
+    assert (other["kept"], other["problem"]) == (False, "")
+    there = oci.read_image(tmp_path / "out", "v1")
+    assert [layer.digest for layer in there.layers] == [stays["digest"], other["digest"]]
+    assert there.layers[0].diff_id == source.layers[0].diff_id
 
 
 def test_an_image_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

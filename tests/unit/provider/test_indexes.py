@@ -20,6 +20,7 @@ from layerstore.errors import ContentError, LayerstoreError, StorageError
 from layerstore.formats.compression import zstd
 from layerstore.image import Digest
 from layerstore.provider import DialectL, Ordinary, Policy, ordinary
+from layerstore.provider.refuted import Claim
 
 NOISE = random.Random(5)
 FILES = [
@@ -167,6 +168,15 @@ def test_an_index_of_another_layer_shows_nothing_and_is_found_out(
     assert other.read(view, "usr/f05") == FILES[0]["usr/f05"]
     with pytest.raises(ContentError):
         other.read(view, "usr/f20")
+
+
+def test_of_a_layer_in_quarantine_nothing_is_saved(asker, registry, image, tmp_path: Path):
+    use(asker, ordinary=Ordinary.EAGER)
+    view = asker.view(ref(registry), image.layers[0].digest)
+    asker.store.layers.quarantine(view.slot, Claim.DIFF_ID, "it is another")
+    with pytest.raises(StorageError, match="in quarantine: diff-id: it is another"):
+        asker.store.indexes.save([names(image)], tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def changed(file: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:

@@ -207,6 +207,12 @@ class TestRanges:
         with pytest.raises(RegistryError):
             open_blob(offset=1000, length=10, size=len(DATA))
 
+    def test_missing_content_range_is_said(self, opened: Opened) -> None:
+        registry, _, open_blob = opened
+        registry.fault("range", value="")
+        with pytest.raises(RegistryError, match="sent a range without a Content-Range"):
+            open_blob(offset=1000, length=10, size=len(DATA))
+
     def test_unknown_total_needs_the_size(self, opened: Opened) -> None:
         registry, _, open_blob = opened
         registry.fault("range", value="bytes 1000-1009/*")

@@ -65,7 +65,7 @@ def test_parameters_reach_the_handler(root: Path):
 
 
 def test_what_a_handler_refuses_is_told_in_one_line(root: Path, caplog: pytest.LogCaptureFixture):
-    with pytest.raises(ServiceError, match="7: no such job"):
+    with pytest.raises(ServiceError, match=r"^7: no such job$"):
         service.request(root, "refuse", job="7")
     assert not caplog.records
 
