@@ -961,6 +961,15 @@ def test_images_come_from_other_transports_too(puller: Puller, tmp_path: Path) -
     result = pull(f"oci:{layout}", puller.store, options())
     assert how(result) == ["pulled"] * 3
     assert puller.store.image(result.image_id).names == ()
+    for tag, names in (
+        ("quay.io/x/y:z", ("quay.io/x/y:z",)),
+        ("v1", ("docker.io/library/v1:latest", "quay.io/x/y:z")),
+        ("No Name", ("docker.io/library/v1:latest", "quay.io/x/y:z")),
+    ):
+        entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
+        (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+        assert pull(f"oci:{layout}:{tag}", puller.store, options()).image_id == result.image_id
+        assert puller.store.image(result.image_id).names == names
 
 
 def test_the_layer_store_is_told_of_the_credentials_once(puller: Puller, tmp_path: Path) -> None:
