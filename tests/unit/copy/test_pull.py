@@ -260,6 +260,18 @@ def test_another_manifest_of_the_same_content_is_the_same_image(puller: Puller) 
 # -- indexes -------------------------------------------------------------------------------------
 
 
+def test_an_image_for_another_platform_is_taken_with_a_warning(
+    puller: Puller, caplog: pytest.LogCaptureFixture
+) -> None:
+    puller.publish("a/b:1")
+    puller.pull("a/b:1")
+    assert caplog.messages == []
+    puller.pull("a/b:1", platform=Platform("linux", "arm64"))
+    assert caplog.messages == [
+        "image platform (linux/amd64) does not match the expected platform (linux/arm64)"
+    ]
+
+
 def test_an_index_leads_to_the_platform_and_is_kept(puller: Puller) -> None:
     images = [
         puller.publish(f"m/a:{arch}", [{"arch": arch.encode()}], architecture=arch)
