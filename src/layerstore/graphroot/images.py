@@ -33,6 +33,7 @@ from layerstore.errors import (
     UsageError,
 )
 from layerstore.graphroot import atomic, bigdata
+from layerstore.graphroot.gone import unless_gone
 from layerstore.graphroot.overlay import checked_component
 from layerstore.graphroot.records import ZERO_TIME, ImageRecord, dumps, now, parse_time, same_time
 from layerstore.graphroot.removal import remove_tree
@@ -271,6 +272,7 @@ class Image:
         """Whether it belongs to an additional image store."""
         return self.area.additional
 
+    @unless_gone
     def big_data(self, key: str) -> bytes:
         """One item of its big data; raises ``CorruptStorage`` if it is not there."""
         if key not in self.record.big_data_names:
@@ -333,6 +335,7 @@ class Image:
             joined = joined[size:]
         return tuple(found)
 
+    @unless_gone
     def layers(self) -> list[Layer]:
         """Its layers, the base first; raises ``CorruptStorage`` if one is missing."""
         return self.store.layer_chain(self.top_layer) if self.top_layer else []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab import handmade, tars
-from layerstore.errors import CorruptStorage, UnknownObject
+from layerstore.errors import CorruptStorage, Fault, UnknownObject
 from layerstore.graphroot.images import Image, resolve, with_names
 from layerstore.graphroot.records import ImageRecord
 from layerstore.graphroot.store import Store
@@ -153,6 +153,25 @@ def test_the_size_is_that_of_layers_and_documents(store: Store) -> None:
     made = handmade.put_image(store, [], [[tars.regular(b"f", b"x" * 5000)], []])
     layers = sum(layer.size() for layer in made.layers())
     assert made.size() == layers + len(made.config()) + 2 * len(made.manifest())
+
+
+def test_an_image_that_was_removed_is_gone_and_not_damaged(store: Store) -> None:
+    made = handmade.put_image(store, ["quay.io/a/b:1"], [[tars.regular(b"f", b"x")]])
+    store.remove_image(made.id)
+    for method in (made.manifest, made.config, made.layers, made.size, made.history):
+        with pytest.raises(UnknownObject, match="removed") as caught:
+            method()
+        assert (caught.value.code, caught.value.fault) == ("no-such-object", Fault.CALLER)
+        assert caught.value.subject == made.id
+
+
+def test_what_is_missing_of_an_image_that_is_there_is_damage(store: Store) -> None:
+    made = handmade.put_image(store, ["quay.io/a/b:1"], [[tars.regular(b"f", b"x")]])
+    for path in (store.config.graph_root / "overlay-images" / made.id).iterdir():
+        path.unlink()
+    with pytest.raises(CorruptStorage) as caught:
+        made.manifest()
+    assert caught.value.code == "corrupt-storage"
 
 
 def test_history_goes_with_the_layers(store: Store) -> None:
