@@ -346,10 +346,10 @@ class Image:
         return sizes + sum(self.record.big_data_sizes.values())
 
     def history(self) -> list[HistoryEntry]:
-        """How it was made, the oldest step first."""
+        """How it was made, the oldest step first; empty where the config does not tell."""
         try:
             document = json.loads(self.config())
-            steps: list[dict[str, Any]] = document.get("history") or []
+            steps: list[dict[str, Any]] = [step or {} for step in document.get("history") or []]
             layers = iter(self.layers())
             found = []
             for step in steps:
@@ -366,7 +366,6 @@ class Image:
                 )
         except (ValueError, AttributeError, TypeError) as error:
             raise CorruptStorage("the config is damaged", subject=self.id) from error
-        found += [HistoryEntry("", "", "", "", False, layer) for layer in layers]
         return found
 
 
