@@ -219,6 +219,10 @@ class UnknownObject(LayerstoreError):
     fault = Fault.CALLER
 
 
+class RemovedObject(UnknownObject, CorruptStorage):
+    """An object that somebody removed since it was asked for; who looks for damage finds it so."""
+
+
 class InUse(LayerstoreError):
     """An object that cannot be removed or renamed because others need it."""
 

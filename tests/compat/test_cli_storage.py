@@ -15,6 +15,7 @@ from lab.podman import CommandError, PodmanEnv
 from lab.rig import Pushed, Rig
 from lab.waiting import until
 from lab.zygote import Zygote
+from layerstore.image import Digest
 
 NAME = "localhost/small:1"
 
@@ -119,15 +120,15 @@ def test_intermediate_images_and_history_have_the_same_text(env: PodmanEnv, ours
     assert same_text(env, ours, "history", "-q", NAME).splitlines()[1:] == ["<missing>"] * 2
 
 
-def test_a_base_that_several_steps_lie_above_stays(
-    env: PodmanEnv, ours: Ours, workspace: Path
-) -> None:
-    (workspace / "f").write_text("x")
-    steps = workspace / "Containerfile"
+def test_a_base_that_several_steps_lie_above_stays(env: PodmanEnv, ours: Ours) -> None:
+    context = env.directory / "context"
+    context.mkdir()
+    (context / "f").write_text("x")
+    steps = context / "Containerfile"
     steps.write_text(f"FROM {NAME}\nCOPY f /f\n")
-    base = env.podman("build", "-q", "-t", "base", "-f", steps, workspace).stdout.strip()
+    base = env.podman("build", "-q", "-t", "base", "-f", steps, context).stdout.strip()
     steps.write_text("FROM localhost/base\nENV a=b\nCOPY f /g\nENV c=d\n")
-    build = ("build", "-q", "--layers=false", "-t", "app", "-f", steps, workspace)
+    build = ("build", "-q", "--layers=false", "-t", "app", "-f", steps, context)
     app = env.podman(*build).stdout.strip()
     env.podman("untag", "base")
     # Podman sorts by full seconds, in which both may have been made.
@@ -145,6 +146,67 @@ def test_a_base_that_several_steps_lie_above_stays(
 def _steps(text: str) -> list[str]:
     without_age = re.sub(r"(Less than a|About a|\d+) (second|minute|year)s? ago", "", text)
     return re.sub(r"(\d)(kB|MB|B)\b", r"\1 \2", without_age).split()
+
+
+_EMPTY_TAR = b"\0" * 1024
+_OCI = "application/vnd.oci.image"
+
+
+def _layout(place: Path, created: str | None, history: list[Any] | None) -> str:
+    """An image whose config tells so much, as a source of copies."""
+    blobs = place / "blobs/sha256"
+    blobs.mkdir(parents=True)
+
+    def put(data: bytes, kind: str) -> dict[str, Any]:
+        digest = Digest.of(data)
+        (blobs / digest.hex).write_bytes(data)
+        return {"mediaType": f"{_OCI}.{kind}", "digest": digest, "size": len(data)}
+
+    layer = put(_EMPTY_TAR, "layer.v1.tar")
+    rootfs = {"type": "layers", "diff_ids": [layer["digest"]]}
+    config: dict[str, Any] = {"architecture": "amd64", "os": "linux", "rootfs": rootfs}
+    config |= {} if created is None else {"created": created}
+    config |= {} if history is None else {"history": history}
+    described = put(json.dumps(config).encode(), "config.v1+json")
+    manifest = {"schemaVersion": 2, "config": described, "layers": [layer]}
+    entry = put(json.dumps(manifest).encode(), "manifest.v1+json")
+    (place / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    (place / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+    return f"oci:{place}"
+
+
+@pytest.mark.parametrize("tool", ["skopeo", "ours"])
+@pytest.mark.parametrize(
+    ("created", "history"),
+    [
+        ("0001-01-01T00:00:00+23:00", None),
+        ("9999-12-31T23:59:59-23:59", []),
+        ("2024-01-01T00:00:00.50+02:00", [None]),
+        (None, [{"created_by": "x"}, {"created": "1500-01-01T00:00:00Z", "empty_layer": True}]),
+    ],
+)
+def test_images_without_history_or_usual_times(
+    podman_env: PodmanEnv,
+    zygote: Zygote,
+    tool: str,
+    created: str | None,
+    history: list[Any] | None,
+) -> None:
+    env, ours = podman_env, Ours(podman_env, zygote)
+    source = _layout(env.directory / "odd", created, history)
+    copy = env.skopeo if tool == "skopeo" else ours
+    copy("copy", "-q", source, "containers-storage:localhost/odd:1")
+    same_text(env, ours, "images")
+    assert _steps(ours("history", "odd:1").stdout) == _steps(env.podman("history", "odd:1").stdout)
+    steps = json.loads(env.podman("history", "--format", "json", "odd:1").stdout)
+    assert [one["created"] for one in ours.json("history", "odd:1")] == [
+        one["created"] for one in steps
+    ]
+    (theirs,) = json.loads(env.podman("images", "--format", "json").stdout)
+    (listed,) = ours.json("images")
+    assert (listed["Created"], listed["CreatedAt"]) == (theirs["Created"], theirs["CreatedAt"])
+    (told,) = json.loads(env.podman("image", "inspect", "odd:1").stdout)
+    assert ours.json("inspect", "odd:1")[0]["History"] == (told["History"] or [])
 
 
 def test_inspect_has_all_that_podman_tells(env: PodmanEnv, ours: Ours) -> None:

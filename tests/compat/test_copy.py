@@ -253,6 +253,43 @@ def test_we_load_what_podman_saves(
     assert podman_env.podman("run", "--rm", name).stdout.startswith("hello from small")
 
 
+def test_a_pulled_archive_or_layout_has_the_names_that_podman_gives(
+    podman_env: PodmanEnv, place: Path
+) -> None:
+    small = images.small_image().source
+    for target in ("oci:lay:plain", "oci:full:quay.io/a/b:c", "oci:bare", "dir:dir"):
+        transport, _, rest = target.partition(":")
+        podman_env.skopeo("copy", "-q", small, f"{transport}:{place}/{rest}")
+    for target in ("oci-archive:o1:plain", "oci-archive:o2", "docker-archive:d1:m:1"):
+        transport, _, rest = target.partition(":")
+        flags = ("--additional-tag", "quay.io/z/y:2") if rest == "d1:m:1" else ()
+        podman_env.skopeo("copy", "-q", *flags, small, f"{transport}:{place}/{rest}")
+
+    def names() -> list[set[str]]:
+        found = json.loads(podman_env.podman("images", "--format", "json").stdout)
+        podman_env.podman("rmi", "--all", "--force")
+        return [set(one.get("Names") or ()) for one in found]
+
+    for transport, rest in (
+        ("oci", "lay:plain"),
+        ("oci", "full:quay.io/a/b:c"),
+        ("oci", "bare"),
+        ("dir", "dir"),
+        ("oci-archive", "o1"),
+        ("oci-archive", "o2"),
+        ("docker-archive", "d1"),
+        ("docker-archive", "d1:m:1"),
+        ("docker-archive", "d1:@0"),
+    ):
+        if transport == "oci" and podman_env.flavour == "debian12":
+            continue  # Podman 4 takes the path for the name
+        name = f"{transport}:{place}/{rest}"
+        podman_env.podman("pull", "-q", name)
+        theirs = names()
+        ours(podman_env, "pull", "-q", name)
+        assert names() == theirs, name
+
+
 def test_several_images_in_one_archive(podman_env: PodmanEnv, place: Path, stored: str) -> None:
     other = images.small_image(marker="other")
     podman_env.skopeo(

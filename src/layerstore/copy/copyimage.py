@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layerstore import limits
@@ -39,6 +39,7 @@ from layerstore.copy.names import (
 from layerstore.copy.policy import Policy
 from layerstore.copy.recompress import LEVELS, Form
 from layerstore.copy.storage_destination import IntoStorage, pull_into
+from layerstore.copy.storage_source import split_id
 from layerstore.copy.transport import ImageDestination, ImageSource
 from layerstore.errors import (
     InvalidManifest,
@@ -193,12 +194,29 @@ def _into_storage(
 ) -> CopyResult:
     if options.platforms is not Platforms.SYSTEM:
         raise UsageError("a storage holds images for one platform each: copy one at a time")
-    store, name = open_storage(rest, ctx)
-    reference = Reference.parse(name)
-    result = pull_into(store, source, [str(reference)], into_storage(source, ctx))
+    store, text = open_storage(rest, ctx)
+    name, image_id = split_id(store, text)
+    names = [] if image_id and not name else [str(Reference.parse(name))]
+    how = into_storage(source, ctx)
+    result = pull_into(store, source, names, _only_as(image_id, how) if image_id else how)
     manifest = store.image(result.image_id).manifest()
     media_type = parse_manifest(manifest).media_type
     return CopyResult(result.digest, Digest.of(manifest), media_type, manifest, result.image_id)
+
+
+def _only_as(image_id: str, how: IntoStorage) -> IntoStorage:
+    """``how``, for the image of this id only: no image comes under the id of another."""
+
+    def check(manifest: FetchedManifest, signatures: Sequence[bytes]) -> None:
+        how.check(manifest, signatures)
+        parsed = parse_manifest(manifest.raw, manifest.media_type)
+        if isinstance(parsed, Manifest) and parsed.config.digest.hex != image_id:
+            raise UsageError(
+                f"the image's ID is {parsed.config.digest.hex}, it cannot have another",
+                subject=f"@{image_id}",
+            )
+
+    return replace(how, check=check)
 
 
 class _Copy:

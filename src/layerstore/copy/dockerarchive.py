@@ -120,9 +120,16 @@ class DockerArchive:
                     return position
         raise NotFound("no such image in the archive", subject=f"{self.subject}:{which}")
 
+    def source(self, which: str | None) -> DockerArchiveSource:
+        """The image called ``which``, see ``find``; closing it closes the archive."""
+        number = self.find(which)
+        by_name = which is not None and _NUMBERED.fullmatch(which) is None
+        names = (archive_tag(which),) if which and by_name else self.images[number].names
+        return DockerArchiveSource(self, number, names, owned=True)
+
     def image(self, number: int) -> DockerArchiveSource:
         """The image with that number; closing it leaves the archive open."""
-        return DockerArchiveSource(self, number)
+        return DockerArchiveSource(self, number, self.images[number].names)
 
     def close(self) -> None:
         """No more will be read."""
@@ -174,18 +181,26 @@ class DockerArchiveSource(ImageSource):
 
     transport = "docker-archive"
 
-    def __init__(self, archive: DockerArchive, number: int, *, owned: bool = False) -> None:
-        """``owned``: closing this closes the archive."""
+    def __init__(
+        self,
+        archive: DockerArchive,
+        number: int,
+        names: tuple[Reference, ...],
+        *,
+        owned: bool = False,
+    ) -> None:
+        """``names`` are those of its names that are meant; ``owned``: closing closes the archive."""
         self._archive = archive
         self._image = archive.images[number]
+        self._names = names
         self._owned = owned
         self._lock = threading.Lock()
         self._made: tuple[FetchedManifest, bytes, dict[Digest, str]] | None = None
 
     @property
     def names(self) -> tuple[Reference, ...]:
-        """What the archive calls the image."""
-        return self._image.names
+        """What the archive calls the image, or the one name that it was asked for by."""
+        return self._names
 
     def manifest(self, digest: Digest | None = None) -> FetchedManifest:
         """See ``ImageSource``; reads compressed layers to know their sizes."""

@@ -80,7 +80,7 @@ def open_source(name: str | ImageName, ctx: CopyContext) -> ImageSource:
             path, which = dockerarchive.parse_name(name.rest)
             archive = dockerarchive.DockerArchive(path, scratch=ctx.scratch)
             try:
-                return dockerarchive.DockerArchiveSource(archive, archive.find(which), owned=True)
+                return archive.source(which)
             except BaseException:
                 archive.close()
                 raise

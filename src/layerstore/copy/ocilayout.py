@@ -20,7 +20,7 @@ from layerstore import limits
 from layerstore.copy.localfiles import Directory, FileSet, LocalFile
 from layerstore.copy.transport import ImageDestination, ImageSource, Pieces
 from layerstore.copy.unnamed import publish
-from layerstore.errors import InvalidManifest, LimitExceeded, NotFound, UsageError
+from layerstore.errors import InvalidManifest, InvalidReference, LimitExceeded, NotFound, UsageError
 from layerstore.formats import Compression
 from layerstore.image import Digest, Reference, media_types, parse_manifest
 from layerstore.registry import FetchedManifest
@@ -29,6 +29,7 @@ REF_NAME: Final = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME: Final = "io.containerd.image.name"
 LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _NUMBERED: Final = re.compile(r"@([0-9]{1,6})")
+_NOT_IN_NAMES: Final = re.compile(r"[^a-z0-9._/-]+")
 _EMPTY: Final[dict[str, Any]] = {
     "schemaVersion": 2,
     "mediaType": media_types.OCI_INDEX,
@@ -81,6 +82,12 @@ class OciReader(ImageSource):
     def entries(self) -> tuple[LayoutEntry, ...]:
         """The images of the layout, in order."""
         return tuple(map(self._entry, self._read_index()["manifests"]))
+
+    @property
+    def names(self) -> tuple[Reference, ...]:
+        """See ``ImageSource``: what the layout calls the image, as ``local_names`` has it."""
+        name = self._named().name
+        return () if name is None else local_names(name)
 
     def manifest(self, digest: Digest | None = None) -> FetchedManifest:
         """See ``ImageSource``; raises ``NotFound`` for a tag that is not there."""
@@ -163,6 +170,14 @@ class OciLayout(OciReader, ImageDestination):
         self._directory = directory
         self._lock = threading.Lock()
 
+    @property
+    def names(self) -> tuple[Reference, ...]:
+        """See ``ImageSource``: the tag that was given, where it is a name."""
+        try:
+            return (Reference.parse(self._tag),) if self._tag else ()
+        except InvalidReference:
+            return ()
+
     def has_blob(self, digest: Digest, size: int) -> bool:
         """See ``ImageDestination``: a file of that size, written whole by its rename."""
         try:
@@ -193,6 +208,23 @@ class OciLayout(OciReader, ImageDestination):
 
     def _blob_path(self, digest: Digest) -> Path:
         return self._directory / blob_name(digest)
+
+
+def local_names(text: str) -> tuple[Reference, ...]:
+    """A name as Podman completes those of its own images: ``localhost/`` where no host is.
+
+    None for what cannot be a name: any text may stand in a layout.
+    """
+    first, slash, _ = text.partition("/")
+    if text.startswith("/"):
+        text = f"localhost/{_NOT_IN_NAMES.sub('-', text.lower()).strip('/')}"
+    elif not slash or not ("." in first or ":" in first or first == "localhost"):
+        text = f"localhost/{text}"
+    try:
+        reference = Reference.parse(text)
+    except InvalidReference:
+        return ()
+    return (reference,) if reference.digest is None else ()
 
 
 def blob_name(digest: Digest) -> str:

@@ -159,8 +159,8 @@ def _pull_from(text: str, store: Store, options: PullOptions) -> PullResult:
     context = CopyContext(source_registry=options.registry, storage=store.config)
     source = open_source(text, context)
     try:
-        name = source.reference
-        return pull_into(store, source, [] if name is None else [str(name)], _into(source, options))
+        names = [str(name) for name in source.names]
+        return pull_into(store, source, names, _into(source, options))
     finally:
         source.close()
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from layerstore.copy import dockerarchive
 from layerstore.copy.archivereader import TarFiles
@@ -19,17 +17,15 @@ from layerstore.copy.dirlayout import DirSource
 from layerstore.copy.manifestedit import Family
 from layerstore.copy.names import ImageName, open_destination
 from layerstore.copy.ociarchive import OciArchiveSource
-from layerstore.copy.ocilayout import OciLayout, OciReader
+from layerstore.copy.ocilayout import OciLayout, local_names
 from layerstore.copy.recompress import Form
 from layerstore.copy.storage_destination import pull_into
 from layerstore.copy.storage_source import StorageSource
 from layerstore.copy.transport import ImageSource
-from layerstore.errors import InvalidManifest, InvalidReference, UsageError
+from layerstore.errors import InvalidManifest, UsageError
 from layerstore.graphroot.images import Image, resolve
 from layerstore.graphroot.store import Store
 from layerstore.image import Reference
-
-_NOT_IN_NAMES: Final = re.compile(r"[^a-z0-9._/-]+")
 
 
 class SaveFormat(enum.StrEnum):
@@ -157,11 +153,11 @@ def _images_in(
     """The images at ``path``, and what they are called there."""
     if path.is_dir():
         if (path / "index.json").exists():
-            for number, _ in enumerate(OciLayout(path, None).entries()):
-                layout = OciLayout(path, f"@{number}")
-                yield layout, _name_in_layout(layout, number)
+            for number, entry in enumerate(OciLayout(path, None).entries()):
+                names = () if entry.name is None else local_names(entry.name)
+                yield OciLayout(path, f"@{number}"), _texts(names)
         elif (path / "manifest.json").exists():
-            yield DirSource(path), _local_name(os.path.realpath(path))
+            yield DirSource(path), _texts(local_names(os.path.realpath(path)))
         else:
             raise InvalidManifest("the directory holds no image", subject=str(path))
         return
@@ -171,28 +167,13 @@ def _images_in(
     if "index.json" in files and "oci-layout" in files:
         for number, _ in enumerate(OciArchiveSource(path, None, files=files).entries()):
             one = OciArchiveSource(path, f"@{number}", files=files)
-            yield one, _name_in_layout(one, number)
+            yield one, _texts(one.names)
         return
     archive = dockerarchive.DockerArchive(path, files=files)
     for number in range(len(archive.images)):
         image = archive.image(number)
-        yield image, [str(name) for name in image.names]
+        yield image, _texts(image.names)
 
 
-def _name_in_layout(layout: OciReader, number: int) -> list[str]:
-    name = layout.entries()[number].name
-    return [] if name is None else _local_name(name)
-
-
-def _local_name(text: str) -> list[str]:
-    """A name as Podman completes those of its own images: ``localhost/`` where no host is."""
-    first, slash, _ = text.partition("/")
-    if text.startswith("/"):
-        text = f"localhost/{_NOT_IN_NAMES.sub('-', text.lower()).strip('/')}"
-    elif not slash or not ("." in first or ":" in first or first == "localhost"):
-        text = f"localhost/{text}"
-    try:
-        reference = Reference.parse(text)
-    except InvalidReference:
-        return []  # any text may stand there; without a name the image has its id
-    return [str(reference)] if reference.digest is None else []
+def _texts(names: Sequence[Reference]) -> list[str]:
+    return [str(name) for name in names]

@@ -89,10 +89,9 @@ def pull_into(
         judge(manifest, signatures)
 
     image = choose_image(source, options.platform, check)
-    if not options.platform.matches(image.config.platform):
-        listener.message(
-            f"the image is for {image.config.platform}, asked for was {options.platform}"
-        )
+    has, wanted = image.config.platform, options.platform
+    if has.architecture and not wanted.matches(has):  # artifacts are for none
+        _log.warning("image platform (%s) does not match the expected platform (%s)", has, wanted)
     spool = Spool(store.config.graph_root) if options.keep_blobs else None
     if spool is not None:
         spool.expire()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
@@ -18,12 +19,21 @@ from typing import Final, Self
 
 from layerstore import limits
 from layerstore.copy.transport import BlobStream, ImageSource
-from layerstore.errors import CorruptStorage, InvalidReference, LimitExceeded, NotFound
+from layerstore.errors import (
+    CorruptStorage,
+    InvalidReference,
+    LimitExceeded,
+    NotFound,
+    UnknownObject,
+)
 from layerstore.graphroot.images import Image
 from layerstore.graphroot.layers import Layer
 from layerstore.graphroot.store import Store
 from layerstore.image import Descriptor, Digest, Reference, parse_manifest
 from layerstore.registry import FetchedManifest
+
+_ID: Final = re.compile("[0-9a-f]{64}")
+_SHORTEST_ID: Final = 3  # digits of a beginning
 
 
 class StorageSource(ImageSource):
@@ -32,9 +42,17 @@ class StorageSource(ImageSource):
     transport = "containers-storage"
 
     def __init__(self, store: Store, name: str) -> None:
-        """The image called ``name``, as Podman resolves names; raises ``UnknownObject``."""
-        self._image: Final = store.image(name.removeprefix("@"))
+        """The image called ``name``, as Podman resolves names, or ``split_id`` does.
+
+        Raises ``UnknownObject`` and ``InvalidReference``.
+        """
+        name, image_id = split_id(store, name)
+        self._image: Final = store.image(image_id or name)
         self._name: Final = _full_name(self._image, name)
+        if image_id and name and Reference.parse(name).name not in _repositories(self._image):
+            raise UnknownObject(
+                "the image of this ID has other names", subject=f"{name}@{image_id}"
+            )
 
     @property
     def image(self) -> Image:
@@ -203,6 +221,33 @@ class _Bytes(io.BytesIO):
 
     def __enter__(self) -> Self:
         return self
+
+
+def split_id(store: Store, text: str) -> tuple[str, str]:
+    """The name and the full id of ``[NAME]@ID``; "" for what is not there.
+
+    As containers/image (storage, "ParseStoreReference") has it: what follows the last @ is a
+    digest, then it belongs to the name; or a full id; or the beginning of one that is in ``store``.
+    Raises ``InvalidReference``.
+    """
+    name, at, end = text.rpartition("@")
+    if not at or ":" in end:
+        return text, ""
+    if _ID.fullmatch(end):
+        return name, end
+    if len(end) >= _SHORTEST_ID:
+        found = {image.id for image in store.images() if image.id.startswith(end)}
+        if len(found) == 1:
+            return name, found.pop()
+    raise InvalidReference("the part behind @ is no digest and no ID of an image", subject=text)
+
+
+def _repositories(image: Image) -> set[str]:
+    found = set()
+    for name in image.names:
+        with contextlib.suppress(InvalidReference):  # others wrote it
+            found.add(Reference.parse(name).name)
+    return found
 
 
 def _full_name(image: Image, text: str) -> str:

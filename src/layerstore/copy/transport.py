@@ -65,6 +65,11 @@ class ImageSource(ABC):
         """The image's logical name, if it has one."""
         return None
 
+    @property
+    def names(self) -> tuple[Reference, ...]:
+        """What an image that is pulled from here is called in the storage, as Podman 5 does."""
+        return () if self.reference is None else (self.reference,)
+
     @abstractmethod
     def manifest(self, digest: Digest | None = None) -> FetchedManifest:
         """The manifest that the name stands for, or the one called ``digest``, verified."""

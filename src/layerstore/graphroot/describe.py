@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from layerstore.errors import CorruptStorage, InvalidReference, LayerstoreError, UnknownObject
-from layerstore.graphroot.records import parse_time, time_text
+from layerstore.graphroot.records import ZERO_TIME, parse_time, same_time, time_text
 from layerstore.graphroot.usage import parents
 from layerstore.image import Reference
 
@@ -71,7 +71,7 @@ def history(image: Image) -> list[Step]:
         found.append(
             Step(
                 id=identity,
-                created=step.created,
+                created=same_time(step.created) or ZERO_TIME,
                 created_by=step.created_by,
                 size=step.layer.size() if step.layer is not None else 0,
                 comment=step.comment,
@@ -89,7 +89,7 @@ def image_document(image: Image) -> dict[str, Any]:
     settings: dict[str, Any] = config.get("config") or {}
     manifest = image.parsed_manifest()
     layers = image.layers()
-    steps: list[dict[str, Any]] = config.get("history") or []
+    steps: list[dict[str, Any]] = [step or {} for step in config.get("history") or []]
     size = image.size()
     return {
         "Id": image.id,

@@ -33,6 +33,7 @@ from layerstore.errors import (
     UsageError,
 )
 from layerstore.graphroot import atomic, bigdata
+from layerstore.graphroot.gone import unless_gone
 from layerstore.graphroot.overlay import checked_component
 from layerstore.graphroot.records import ZERO_TIME, ImageRecord, dumps, now, parse_time, same_time
 from layerstore.graphroot.removal import remove_tree
@@ -298,6 +299,7 @@ class Image:
         """Whether it belongs to an additional image store."""
         return self.area.additional
 
+    @unless_gone
     def big_data(self, key: str) -> bytes:
         """One item of its big data; raises ``CorruptStorage`` if it is not there."""
         if key not in self.record.big_data_names:
@@ -361,6 +363,7 @@ class Image:
             joined = joined[size:]
         return tuple(found)
 
+    @unless_gone
     def layers(self) -> list[Layer]:
         """Its layers, the base first; raises ``CorruptStorage`` if one is missing."""
         return self.store.layer_chain(self.top_layer) if self.top_layer else []
@@ -371,10 +374,10 @@ class Image:
         return sizes + sum(self.record.big_data_sizes.values())
 
     def history(self) -> list[HistoryEntry]:
-        """How it was made, the oldest step first."""
+        """How it was made, the oldest step first; empty where the config does not tell."""
         try:
             document = json.loads(self.config())
-            steps: list[dict[str, Any]] = document.get("history") or []
+            steps: list[dict[str, Any]] = [step or {} for step in document.get("history") or []]
             layers = iter(self.layers())
             found = []
             for step in steps:
@@ -391,7 +394,6 @@ class Image:
                 )
         except (ValueError, AttributeError, TypeError) as error:
             raise CorruptStorage("the config is damaged", subject=self.id) from error
-        found += [HistoryEntry("", "", "", "", False, layer) for layer in layers]
         return found
 
 

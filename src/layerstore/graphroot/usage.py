@@ -149,8 +149,10 @@ def local_name(text: str) -> str:
     """The full name that ``podman tag IMAGE text`` gives; raises ``InvalidReference``.
 
     A name without a registry is one of this machine: ``localhost/...``; without a tag it gets
-    ``latest``.
+    ``latest``.  What begins with ``sha256:`` looks like a digest and is none, as for Podman.
     """
+    if text.startswith("sha256:"):
+        raise InvalidReference("tag by digest not supported", subject=text)
     first, slash, _ = text.partition("/")
     has_registry = slash and ("." in first or ":" in first or first == "localhost")
     reference = Reference.parse(text if has_registry else f"localhost/{text}")

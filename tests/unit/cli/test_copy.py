@@ -84,6 +84,31 @@ def test_copy_into_the_storage_and_out(run: Run, layout: StoredImage, tmp_path: 
     assert run("copy", "-q", "--all", layout.source, name)[0] == 2
 
 
+def test_copy_of_an_image_with_its_id(run: Run, layout: StoredImage, tmp_path: Path) -> None:
+    storage = "containers-storage:"
+    status, out, _ = run("copy", "-q", "--json", layout.source, f"{storage}localhost/new:1")
+    assert status == 0
+    identity = json.loads(out)["imageId"]
+    last = str(layout.digest)
+    sources = (f"localhost/new:1@{identity}", f"@{identity}", f"localhost/new@{identity[:12]}")
+    for number, name in enumerate((*sources, f"localhost/new:1@{last}@{identity}")):
+        assert run("copy", "-q", storage + name, f"dir:{tmp_path}/d{number}")[0] == 0, name
+    for name, said in (
+        (f"localhost/new:1@{'0' * 64}", "no such image"),
+        (f"localhost/other:1@{identity}", "other names"),
+        ("localhost/new:1@fff", "no ID"),
+    ):
+        status, _, err = run("copy", "-q", storage + name, f"dir:{tmp_path}/no")
+        assert status in (1, 2)
+        assert said in err
+    assert run("untag", identity)[0] == 0
+    for name in (f"@{identity}", f"localhost/again:1@{identity}", f"@{identity[:12]}"):
+        assert run("copy", "-q", layout.source, storage + name)[0] == 0, name
+    assert run("images", "--noheading")[1].split()[:3] == ["localhost/again", "1", identity[:12]]
+    status, _, err = run("copy", "-q", layout.source, f"{storage}localhost/x:1@{'0' * 64}")
+    assert (status, identity in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -119,6 +119,22 @@ def test_images_are_found_by_name_and_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("which", "names"),
+    [
+        (None, ["docker.io/library/busy:1", "localhost/b:2"]),
+        ("@0", ["docker.io/library/busy:1", "localhost/b:2"]),
+        ("localhost/b:2", ["localhost/b:2"]),
+    ],
+)
+def test_an_image_is_pulled_under_the_names_it_was_asked_for_by(
+    tmp_path: Path, which: str | None, names: list[str]
+) -> None:
+    archive = DockerArchive(old_form(tmp_path / "a.tar"))
+    with contextlib.closing(archive.source(which)) as source:
+        assert list(map(str, source.names)) == names
+
+
+@pytest.mark.parametrize(
     "manifest",
     [
         b"",

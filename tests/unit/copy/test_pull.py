@@ -260,6 +260,18 @@ def test_another_manifest_of_the_same_content_is_the_same_image(puller: Puller) 
 # -- indexes -------------------------------------------------------------------------------------
 
 
+def test_an_image_for_another_platform_is_taken_with_a_warning(
+    puller: Puller, caplog: pytest.LogCaptureFixture
+) -> None:
+    puller.publish("a/b:1")
+    puller.pull("a/b:1")
+    assert caplog.messages == []
+    puller.pull("a/b:1", platform=Platform("linux", "arm64"))
+    assert caplog.messages == [
+        "image platform (linux/amd64) does not match the expected platform (linux/arm64)"
+    ]
+
+
 def test_an_index_leads_to_the_platform_and_is_kept(puller: Puller) -> None:
     images = [
         puller.publish(f"m/a:{arch}", [{"arch": arch.encode()}], architecture=arch)
@@ -961,6 +973,15 @@ def test_images_come_from_other_transports_too(puller: Puller, tmp_path: Path) -
     result = pull(f"oci:{layout}", puller.store, options())
     assert how(result) == ["pulled"] * 3
     assert puller.store.image(result.image_id).names == ()
+    for tag, names in (
+        ("quay.io/x/y:z", ("quay.io/x/y:z",)),
+        ("v1", ("docker.io/library/v1:latest", "quay.io/x/y:z")),
+        ("No Name", ("docker.io/library/v1:latest", "quay.io/x/y:z")),
+    ):
+        entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
+        (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
+        assert pull(f"oci:{layout}:{tag}", puller.store, options()).image_id == result.image_id
+        assert puller.store.image(result.image_id).names == names
 
 
 def test_the_layer_store_is_told_of_the_credentials_once(puller: Puller, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -107,6 +108,15 @@ def test_history_begins_with_the_image_itself(store: Store) -> None:
     (step,) = describe.history(image)
     assert step.id == image.id
     assert set(step.tags) == {*first.names, *image.names}
+
+
+def test_a_step_may_tell_nothing(store: Store) -> None:
+    steps: list[Any] = [None, {"created": "2024-01-01T00:00:00.50+02:00"}]
+    image = put_image(store, [BASE, MORE], "localhost/app:1", steps=steps)
+    newest, oldest = describe.history(image)
+    assert newest.created == "2024-01-01T00:00:00.5+02:00"
+    assert (oldest.created, oldest.created_by) == ("0001-01-01T00:00:00Z", "")
+    assert describe.image_document(image)["History"] == [{}, steps[1]]
 
 
 def test_the_document_of_a_container(store: Store) -> None:

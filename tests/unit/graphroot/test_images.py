@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab import handmade, tars
-from layerstore.errors import CorruptStorage, UnknownObject
+from layerstore.errors import CorruptStorage, Fault, UnknownObject
 from layerstore.graphroot.images import Image, resolve, with_names
 from layerstore.graphroot.records import ImageRecord
 from layerstore.graphroot.store import Store
@@ -155,6 +155,25 @@ def test_the_size_is_that_of_layers_and_documents(store: Store) -> None:
     assert made.size() == layers + len(made.config()) + 2 * len(made.manifest())
 
 
+def test_an_image_that_was_removed_is_gone_and_not_damaged(store: Store) -> None:
+    made = handmade.put_image(store, ["quay.io/a/b:1"], [[tars.regular(b"f", b"x")]])
+    store.remove_image(made.id)
+    for method in (made.manifest, made.config, made.layers, made.size, made.history):
+        with pytest.raises(UnknownObject, match="removed") as caught:
+            method()
+        assert (caught.value.code, caught.value.fault) == ("no-such-object", Fault.CALLER)
+        assert caught.value.subject == made.id
+
+
+def test_what_is_missing_of_an_image_that_is_there_is_damage(store: Store) -> None:
+    made = handmade.put_image(store, ["quay.io/a/b:1"], [[tars.regular(b"f", b"x")]])
+    for path in (store.config.graph_root / "overlay-images" / made.id).iterdir():
+        path.unlink()
+    with pytest.raises(CorruptStorage) as caught:
+        made.manifest()
+    assert caught.value.code == "corrupt-storage"
+
+
 def test_history_goes_with_the_layers(store: Store) -> None:
     layers = [[tars.regular(b"f", b"x")], [tars.regular(b"g", b"x")]]
     made = handmade.put_image(store, [], layers, history=["ADD f", "ADD g", "CMD sh"])
@@ -164,9 +183,9 @@ def test_history_goes_with_the_layers(store: Store) -> None:
     assert [step.empty_layer for step in steps] == [False, False, True]
 
 
-def test_layers_without_history_are_in_it_all_the_same(store: Store) -> None:
+def test_without_history_there_are_no_steps(store: Store) -> None:
     made = handmade.put_image(store, [], [[], [tars.regular(b"f", b"x")]])
-    assert [step.layer for step in made.history()] == made.layers()
+    assert made.history() == []
 
 
 def test_a_missing_layer_is_an_error(store: Store) -> None:

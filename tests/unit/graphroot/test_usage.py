@@ -39,7 +39,9 @@ def test_names_without_a_registry_are_of_this_machine(text: str, name: str) -> N
     assert usage.local_name(text) == name
 
 
-@pytest.mark.parametrize("text", ["", "Bad", "a b", "x@sha256:" + "0" * 64, "x:/"])
+@pytest.mark.parametrize(
+    "text", ["", "Bad", "a b", "x@sha256:" + "0" * 64, "x:/", "sha256:" + "0" * 64, "sha256:1"]
+)
 def test_what_is_no_name_to_give(text: str) -> None:
     with pytest.raises(InvalidReference, match=text or "localhost"):
         usage.local_name(text)
