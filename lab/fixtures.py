@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lab import images
+from lab import images, oci
 from lab import trixie as lab_trixie
 from lab.debian import DebianError
 from lab.fresh import fresh
@@ -21,7 +21,7 @@ from lab.oci import StoredImage
 from lab.podman import FLAVOURS, Flavour, PodmanEnv, unmount_below
 from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
-from lab.rig import MakeRig, Push, Pushed, Rig, image_tree
+from lab.rig import Document, MakeRig, Push, Pushed, Rig, edited, image_tree
 from lab.trees import Tree
 from lab.zygote import Zygote
 
@@ -145,6 +145,19 @@ def push_lazy(workspace: Path, push: Push) -> Push:
 def small(push_lazy: Push) -> Pushed:
     """The small image, lazy."""
     return push_lazy(images.small_image(), "lazy/small:1")
+
+
+@pytest.fixture(scope="session")
+def repeated(push: Push, small: Pushed, workspace: Path) -> Pushed:
+    """The small image with its middle layer twice."""
+
+    def change(manifest: Document, config: Document) -> None:
+        for layers in manifest["layers"], config["rootfs"]["diff_ids"]:
+            layers.insert(2, layers[1])
+        config["history"].insert(2, config["history"][1])
+
+    layout = edited(small.image, workspace / "repeated", change)
+    return push(oci.read_image(layout, "latest"), "repeated/small:1")
 
 
 @pytest.fixture(scope="session")
