@@ -401,7 +401,7 @@ def finish_tree(directory: Path, *, root_entry: bool) -> None:
 
 def _root_entry(blob: Path) -> TarEntry | None:
     with blob.open("rb") as file:
-        for entry in TarReader(LayerStream(file)):
+        for entry in TarReader(LayerStream(file), sparse=True):
             if entry.type == DIRECTORY and posixpath.normpath(entry.name) in (b".", b"/"):
                 return entry
     return None

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lab import oci, tars
+from lab import oci, sparse, tars
 from lab.oci import StoredImage
 from lab.tars import Member
 from layerstore.copy.ocilayout import OciLayout
@@ -271,6 +271,15 @@ def test_names_of_directories_become_links(tmp_path: Path, store: Path) -> None:
         (path / "info").write_bytes((store / target / "info").read_bytes())
     fill(store, image)
     assert all((store / name.path).is_symlink() for name in StaticStore(store).names())
+    assert damage(store) == []
+
+
+def test_a_layer_with_sparse_files_is_unpacked(tmp_path: Path, store: Path) -> None:
+    layers = [oci.LayerSource(sparse.sparse_tar(tmp_path, "1.0"))]
+    fill(store, oci.write_image(tmp_path / "image", "1", layers, oci.RunConfig()))
+    (name,) = names(store)
+    diff = store / name / "diff"
+    assert {file: (diff / file).read_bytes() for file in sparse.FILES} == sparse.FILES
     assert damage(store) == []
 
 
