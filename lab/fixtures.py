@@ -21,7 +21,7 @@ from lab.fresh import fresh
 from lab.podman import FLAVOURS, Flavour, PodmanEnv, unmount_below
 from lab.recording import RecordingProxy
 from lab.registry import DebianRegistry
-from lab.rig import MakeRig, Push, Pushed, Rig, edited, image_tree
+from lab.rig import Document, MakeRig, Push, Pushed, Rig, edited, image_tree
 from lab.trees import Tree
 from lab.zygote import Zygote
 
@@ -152,7 +152,7 @@ def mixed(push: Push, small: Pushed, workspace: Path) -> Pushed:
     """The small image, its middle layer ordinary and the others lazy."""
     plain = images.small_image()
 
-    def change(manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    def change(manifest: Document, config: Document) -> None:
         manifest["layers"][1] = json.loads(plain.blob(plain.digest).read_bytes())["layers"][1]
         config["rootfs"]["diff_ids"][1] = plain.layers[1].diff_id
 
@@ -160,6 +160,19 @@ def mixed(push: Push, small: Pushed, workspace: Path) -> Pushed:
     name = plain.layers[1].digest
     shutil.copy(plain.blob(name), layout / "blobs" / name.replace(":", "/"))
     return push(oci.read_image(layout, "latest"), "mixed/small:1")
+
+
+@pytest.fixture(scope="session")
+def repeated(push: Push, small: Pushed, workspace: Path) -> Pushed:
+    """The small image with its middle layer twice."""
+
+    def change(manifest: Document, config: Document) -> None:
+        for layers in manifest["layers"], config["rootfs"]["diff_ids"]:
+            layers.insert(2, layers[1])
+        config["history"].insert(2, config["history"][1])
+
+    layout = edited(small.image, workspace / "repeated", change)
+    return push(oci.read_image(layout, "latest"), "repeated/small:1")
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ MEMBER_SLACK_BYTES: Final = (
 )  # headers and padding that may follow the last payload of a member
 INDEX_ENTRY_BITS: Final = 24  # entry number inside a layer, part of the node id
 TAR_EXTENDED_HEADER_BYTES: Final = 16 * MIB  # one PAX or GNU long name record
+SPARSE_MAP_BYTES: Final = 1 * MIB  # before the payload of one sparse file; as in Go
 
 # -- registry ------------------------------------------------------------------
 CONNECT_SECONDS: Final = 10.0

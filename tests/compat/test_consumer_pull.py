@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from lab import ctrremote, images, oci
+from lab import ctrremote, images, oci, sparse, tars
 from lab import rig as lab
+from lab.fresh import fresh
+from lab.images import tar_bytes
 from lab.oci import StoredImage
 from lab.podman import Flavour, PodmanEnv
 from lab.recording import RecordingProxy
@@ -474,3 +476,50 @@ def test_what_podman_committed_is_pushed(
     env.layerstore("push", "--quiet", "localhost/mine:1", target)
     env.podman("rmi", "--all", "--force")
     assert env.podman("run", "--rm", target, "cat", "/app/mine").stdout == "mine\n"
+
+
+@pytest.fixture(scope="session", params=sparse.VERSIONS)
+def with_holes(request: pytest.FixtureRequest, workspace: Path, push: Push) -> Pushed:
+    """A layer with sparse files, on an empty base."""
+    place = fresh("sparse-", workspace)
+    layers = [tar_bytes([tars.directory(b"base")]), sparse.sparse_tar(place, request.param)]
+    config = oci.RunConfig()
+    image = oci.write_image(place / "image", "1", map(oci.LayerSource, layers), config)
+    return push(image, f"sparse/{request.param}:1")
+
+
+def test_layers_with_sparse_files_are_podmans_and_come_back(
+    podman_env: PodmanEnv, registry: DebianRegistry, with_holes: Pushed, plain_tree: PlainTree
+) -> None:
+    """Podman itself can only pull them."""
+    image = f"{registry.host}/{with_holes.name}"
+    pulled(podman_env, image)
+    assert lab.differing(plain_tree(with_holes), lab.image_tree(podman_env, image)) == []
+    podman_env.podman("save", "-q", "--format=oci-archive", "-o", podman_env.tmp / "theirs", image)
+    podman_env.layerstore("save", "-q", "--format=oci-dir", "-o", podman_env.tmp / "ours", image)
+    nothing_wrong(podman_env)
+    podman_env.layerstore("check", "storage", "--full")
+    podman_env.podman("rmi", image)
+    podman_env.podman("pull", image)
+    failed = podman_env.layerstore("push", image, f"dir:{podman_env.tmp}/pushed", check=False)
+    assert failed.returncode == 1
+    assert "its files in the storage give sha256:" in failed.stderr
+    assert "take the image from where it came from" in failed.stderr
+
+
+def test_a_sparse_layer_that_podman_pulled_is_pulled_anew_for_another_base(
+    podman_env: PodmanEnv, registry: DebianRegistry, with_holes: Pushed, push: Push, workspace: Path
+) -> None:
+    def without_base(manifest: lab.Document, config: lab.Document) -> None:
+        for layers in manifest["layers"], config["rootfs"]["diff_ids"], config["history"]:
+            del layers[0]
+
+    layout = lab.edited(with_holes.image, fresh("edited-", workspace) / "image", without_base)
+    other = push(oci.read_image(layout, "1"), f"other-{with_holes.name}")
+    theirs, image = (f"{registry.host}/{each.name}" for each in (with_holes, other))
+    podman_env.podman("pull", theirs)
+    pulled(podman_env, image)
+    podman_env.podman("rmi", theirs)
+    # no copy of the layer that Podman had, which cannot be given back
+    podman_env.podman("save", "-q", "--format=oci-archive", "-o", podman_env.tmp / "saved", image)
+    podman_env.layerstore("check", "storage")

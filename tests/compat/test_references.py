@@ -3,11 +3,10 @@
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from lab import images, oci
+from lab import images
 from lab import rig as lab
 from lab.oci import StoredImage
 from lab.podman import Flavour, PodmanEnv
@@ -27,19 +26,6 @@ def second(push_lazy: Push) -> Pushed:
 def multi(push_lazy: Push) -> Pushed:
     """An index of small images for amd64 and arm64."""
     return push_lazy(images.small_index(), "lazy/multi:1")
-
-
-@pytest.fixture(scope="session")
-def repeated(push: Push, small: Pushed, workspace: Path) -> Pushed:
-    """The small image with its middle layer twice."""
-
-    def change(manifest: lab.Document, config: lab.Document) -> None:
-        for layers in manifest["layers"], config["rootfs"]["diff_ids"]:
-            layers.insert(2, layers[1])
-        config["history"].insert(2, config["history"][1])
-
-    layout = lab.edited(small.image, workspace / "repeated", change)
-    return push(oci.read_image(layout, "latest"), "repeated/small:1")
 
 
 def test_a_layer_that_is_there_twice_is_pulled_plainly(

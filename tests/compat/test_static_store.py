@@ -23,6 +23,7 @@ from lab.trees import FORMAT_FILES, Tree, compare
 from layerstore.copy.context import CopyContext
 from layerstore.copy.staticverify import verify
 from layerstore.copy.unpack import UnpackOptions, UnpackResult, unpack
+from layerstore.errors import UsageError
 from layerstore.registry import RegistrySettings
 
 HELLO = "hello from small amd64: 199 files\n"
@@ -255,6 +256,62 @@ def test_a_layer_that_is_missing_is_pulled(
     assert asked == {gone.digest}
     assert len(lab.extracted_layers(podman_env)) == 1
     assert podman_env.podman("run", "--rm", image).stdout == HELLO
+
+
+def test_a_layer_that_an_image_has_twice_is_left_out(
+    podman_env: PodmanEnv,
+    recorded: RecordingProxy,
+    repeated: Pushed,
+    small: Pushed,
+    plain_tree: PlainTree,
+    store: Path,
+    ref: bool,
+) -> None:
+    """It would have one directory in the store, and overlayfs takes no directory twice."""
+    result = fill(store, f"{recorded.host}/{repeated.name}", ref=ref)
+    twice = small.image.layers[1].digest
+    hows = {layer.digest: layer.how for layer in result.images[0].layers}
+    assert [digest for digest, how in hows.items() if how == "left out"] == [twice]
+    use(podman_env, store, ref=ref)
+    # also for an image that has the layer once: without the reference nobody can tell them apart
+    for pushed in (repeated, small):
+        fill(store, f"{recorded.host}/{pushed.name}", ref=ref)
+        recorded.clear()
+        image = f"{recorded.host}/{pushed.name}"
+        podman_env.podman("pull", image)
+        assert {request.path[-71:] for request in lab.blob_requests(recorded, pushed.image)} <= {
+            twice
+        }
+        assert podman_env.podman("run", "--rm", image).stdout == HELLO
+        assert same(plain_tree(small), lab.image_tree(podman_env, image)) == []
+    assert len(lab.extracted_layers(podman_env)) == 2
+    assert verify(store).damage == ()
+
+
+def test_an_image_that_repeats_what_is_offered_already_is_refused(
+    podman_env: PodmanEnv, recorded: RecordingProxy, repeated: Pushed, small: Pushed, store: Path
+) -> None:
+    """The image that has the layer once stays as it is; the other one has no way but another."""
+    once, twice = (f"{recorded.host}/{pushed.name}" for pushed in (small, repeated))
+    fill(store, once, ref=False)
+    use(podman_env, store, ref=False)
+    podman_env.podman("pull", once)
+    before = set(store.rglob("*"))
+    with pytest.raises(UsageError, match="more than once"):
+        fill(store, twice, ref=False)
+    assert set(store.rglob("*")) == before
+    assert podman_env.podman("run", "--rm", once).stdout == HELLO
+    podman_env.podman("pull", twice)
+    failed = podman_env.podman("run", "--rm", twice, check=False)
+    assert "too many levels of symbolic links" in failed.stderr  # or refusing would be wrong
+    podman_env.podman("rmi", twice)
+    # with the reference the two are told apart
+    fill(store, twice, ref=True)
+    fill(store, once, ref=True)
+    use(podman_env, store, ref=True)
+    podman_env.podman("pull", twice)
+    assert podman_env.podman("run", "--rm", twice).stdout == HELLO
+    assert podman_env.podman("run", "--rm", once).stdout == HELLO
 
 
 def test_the_command_line(

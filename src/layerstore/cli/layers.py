@@ -25,7 +25,7 @@ def diff(name: str, /, *, json: Json = False, storage: StorageFlags = STORAGE) -
     if not top:
         raise UsageError("the image has no layers", subject=name)
     layer = store.layer(top)
-    found = changes(layer.diff_path, layer.lower_dirs)
+    found = changes(layer.diff_path, layer.lower_dirs, by_program=store.mounts_by_program)
     if json:
         report: dict[str, list[str]] = {kind: [] for kind in _KINDS.values()}
         for change in found:

@@ -93,6 +93,7 @@ def _report(unpacked: UnpackResult | None, checked: VerifyResult | None) -> dict
                             "TOCDigest": layer.toc_digest,
                             "NoTOC": layer.no_toc,
                             "Unpacked": layer.how == "unpacked",
+                            "LeftOut": layer.how == "left out",
                         }
                         for layer in image.layers
                     ],
@@ -113,9 +114,10 @@ def _print(unpacked: UnpackResult | None, checked: VerifyResult | None) -> None:
     for image in unpacked.images if unpacked is not None else ():
         new = sum(layer.how == "unpacked" for layer in image.layers)
         by_toc = sum(layer.toc_digest is not None for layer in image.layers)
+        left_out = sum(layer.how == "left out" for layer in image.layers)
         print(
             f"{image.platform}: {image.digest}, {len(image.layers)} layers"
-            f" ({new} new, {by_toc} also by TOC)"
+            f" ({new} new, {by_toc} also by TOC{f', {left_out} left out' if left_out else ''})"
         )
     if checked is not None:
         state = f"{len(checked.damage)} damaged places" if checked.damage else "all intact"

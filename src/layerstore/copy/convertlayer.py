@@ -18,7 +18,7 @@ from typing import BinaryIO
 from layerstore.copy.layerform import LayerForm
 from layerstore.copy.manifestedit import Family, layer_kind, layer_type, stale
 from layerstore.copy.readable import why_unreadable
-from layerstore.copy.recompress import blob_pieces
+from layerstore.copy.recompress import blob_pieces, wrong_diff_id
 from layerstore.copy.tocimage import TocImage
 from layerstore.copy.transport import (
     PIECE_BYTES,
@@ -32,7 +32,6 @@ from layerstore.errors import (
     LayerstoreError,
     StorageError,
     UnsupportedFormat,
-    VerificationError,
 )
 from layerstore.formats import LayerStream
 from layerstore.formats.compression import Readable
@@ -213,7 +212,8 @@ class LayerConverter:
             self._tell(layer, "fetch", min(fetched, layer.size))
 
         subject = f"layer {layer.digest}"
-        if not self._source.gives_blob(layer.digest):
+        from_files = not self._source.gives_blob(layer.digest)
+        if from_files:
             with self._source.layer_diff(layer, diff_id) as stream:
                 length, found = _drain(stream, tar, diff_id.algorithm, self._check)
         else:
@@ -231,11 +231,7 @@ class LayerConverter:
                     raise
                 hashed.verify(layer.size, subject)
         if found != diff_id:
-            raise VerificationError(
-                f"the config states the diff ID {diff_id}, the layer has {found}",
-                subject=subject,
-                advice="the image contradicts itself: build or push it anew",
-            )
+            raise wrong_diff_id(diff_id, found, subject, from_files=from_files)
         return length
 
     def _check(self) -> None:
@@ -250,7 +246,7 @@ class LayerConverter:
 
 def _drain(
     plain: Readable, tar: BinaryIO | None, algorithm: str, check: Callable[[], None]
-) -> tuple[int, str]:
+) -> tuple[int, Digest]:
     """Write a tar stream to ``tar``; return its length and digest."""
     digest = hashlib.new(algorithm)
     length = 0
@@ -260,7 +256,7 @@ def _drain(
         length += len(data)
         if tar is not None:
             tar.write(data)
-    return length, f"{algorithm}:{digest.hexdigest()}"
+    return length, Digest(f"{algorithm}:{digest.hexdigest()}")
 
 
 class _Tee:

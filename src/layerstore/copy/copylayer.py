@@ -149,7 +149,8 @@ class LayerCopier:
             self._listener.copying("blob", layer.digest, None) as item,
             self._source.layer_diff(layer, diff_id) as stream,
         ):
-            return self._make(_Told(stream, self._check, item), layer, diff_id, plan, form)
+            told = _Told(stream, self._check, item)
+            return self._make(told, layer, diff_id, plan, form, from_files=True)
 
     def _make(
         self,
@@ -158,6 +159,8 @@ class LayerCopier:
         diff_id: Digest | None,
         plan: LayerPlan,
         form: Form,
+        *,
+        from_files: bool = False,
     ) -> CopiedLayer:
         made = make_blob(
             tar,
@@ -166,6 +169,7 @@ class LayerCopier:
             level=plan.level,
             diff_id=diff_id,
             subject=f"layer {layer.digest}",
+            from_files=from_files,
         )
         with made.file as file:
             self._check()

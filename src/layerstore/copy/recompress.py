@@ -148,10 +148,12 @@ def make_blob(
     level: int | None = None,
     diff_id: Digest | None,
     subject: str,
+    from_files: bool = False,
 ) -> MadeBlob:
     """Pack the tar stream ``tar`` into a new file in ``directory``.
 
-    ``diff_id`` is what the stream must have; the file is the caller's to close.
+    ``diff_id`` is what the stream must have; ``from_files`` says that it is put together out of
+    files that a storage has extracted.  The file is the caller's to close.
     Raises ``VerificationError``, ``LimitExceeded``, ``OSError`` and what ``tar.read`` raises.
     """
     packer = _packer(form, level)
@@ -179,16 +181,31 @@ def make_blob(
         emit(packer.flush())
         found = Digest(f"sha256:{plain.hexdigest()}")
         if diff_id is not None and found != diff_id:
-            raise VerificationError(
-                f"the config states the diff ID {diff_id}, the layer has {found}",
-                subject=subject,
-                advice="the image contradicts itself: build or push it anew",
-            )
+            raise wrong_diff_id(diff_id, found, subject, from_files=from_files)
         digest = Digest(f"sha256:{packed.hexdigest()}")
         return MadeBlob(file, digest, size, form.compression)
     except BaseException:
         file.close()
         raise
+
+
+def wrong_diff_id(
+    stated: Digest, found: Digest, subject: str, *, from_files: bool
+) -> VerificationError:
+    """The error for a layer whose tar stream is not the one that the config states."""
+    if from_files:
+        return VerificationError(
+            f"the layer had the diff ID {stated}, its files in the storage give {found}",
+            subject=subject,
+            advice="layerstore check storage --full tells whether they changed; if not, the engine"
+            " that pulled the image cannot give this archive back (one with sparse files, say):"
+            " take the image from where it came from",
+        )
+    return VerificationError(
+        f"the config states the diff ID {stated}, the layer has {found}",
+        subject=subject,
+        advice="the image contradicts itself: build or push it anew",
+    )
 
 
 def unpacked(opened: OpenedBlob) -> _Unpacked:

@@ -3,7 +3,7 @@
     DIR/sha256:<digest>                                       asked for without a reference
     DIR/<base64 of the reference>/sha256:<digest>             with one
     DIR/.layerstore/layers/<blob digest>/{diff,info,blob,layer.json}
-    DIR/.layerstore/{lock,tmp/}
+    DIR/.layerstore/{lock,repeated/,tmp/}
 
 A layer lies once in ``.layerstore/layers`` and has one or more names: the digest of its blob
 (dialect L), and that of its TOC (dialect T) if it has one.  A name is a relative link to the
@@ -63,7 +63,7 @@ _LOCK: Final = "lock"
 _NAME: Final = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _REFERENCE: Final = re.compile(r"[A-Za-z0-9+=]+")
 _NUMBERS: Final = {Compression.NONE: 0, Compression.GZIP: 2, Compression.ZSTD: 4}
-_PUBLIC: Final = 0o755  # whatever the umask: others read the store
+PUBLIC: Final = 0o755  # whatever the umask: others read the store
 _LAST_NS: Final = (1 << 63) - 1
 
 
@@ -118,6 +118,12 @@ class Name:
         return Path(self.reference) / self.digest
 
 
+def layer_name(reference: Reference | None, digest: str) -> Name:
+    """The name for clients that ask with this reference, or with none."""
+    text = "" if reference is None else str(reference)
+    return Name(base64.b64encode(text.encode()).decode(), digest)
+
+
 class StaticStore:
     """The directory; what changes it must be called inside ``writing``."""
 
@@ -141,7 +147,7 @@ class StaticStore:
             for directory in (self.directory, self._own, self._layers):
                 if not directory.is_dir():
                     directory.mkdir(parents=True)
-                    os.chmod(directory, _PUBLIC)
+                    os.chmod(directory, PUBLIC)
             self._temporary.mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(self._own / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -288,7 +294,7 @@ class StaticStore:
         )
         try:
             _describe(work, record)
-            os.chmod(work, _PUBLIC)
+            os.chmod(work, PUBLIC)
             _sync_file_system(work)
             self._publish(work, self._layers / layer.digest)
         except OSError as error:
@@ -310,8 +316,7 @@ class StaticStore:
 
     def add_name(self, record: LayerFile, reference: Reference | None, digest: str) -> bool:
         """Let a layer be found; True if it was not, or not rightly.  Raises ``StorageError``."""
-        text = "" if reference is None else str(reference)
-        name = Name(base64.b64encode(text.encode()).decode(), digest)
+        name = layer_name(reference, digest)
         final = self.directory / name.path
         try:
             if self.is_right(name):
@@ -327,10 +332,10 @@ class StaticStore:
                 os.symlink(f"../{link}/{DIFF}", work / DIFF)
                 os.symlink(f"../{link}/{BLOB}", work / BLOB)
                 write_file(work / INFO, record.info(digest), mode=0o644)
-                os.chmod(work, _PUBLIC)
+                os.chmod(work, PUBLIC)
             if not final.parent.is_dir():
                 final.parent.mkdir()
-                os.chmod(final.parent, _PUBLIC)
+                os.chmod(final.parent, PUBLIC)
                 sync_directory(self.directory)
             self._publish(work, final)
         except OSError as error:
@@ -389,14 +394,14 @@ def finish_tree(directory: Path, *, root_entry: bool) -> None:
     uid, gid = (0, 0) if entry is None else (entry.uid, entry.gid)
     with contextlib.suppress(PermissionError):
         os.chown(diff, uid, gid)
-    os.chmod(diff, _PUBLIC if entry is None else entry.mode & 0o7777)
+    os.chmod(diff, PUBLIC if entry is None else entry.mode & 0o7777)
     mtime = 0 if entry is None else entry.mtime_ns
     os.utime(diff, ns=(mtime, mtime) if 0 <= mtime <= _LAST_NS else (0, 0))
 
 
 def _root_entry(blob: Path) -> TarEntry | None:
     with blob.open("rb") as file:
-        for entry in TarReader(LayerStream(file)):
+        for entry in TarReader(LayerStream(file), sparse=True):
             if entry.type == DIRECTORY and posixpath.normpath(entry.name) in (b".", b"/"):
                 return entry
     return None

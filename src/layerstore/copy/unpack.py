@@ -20,6 +20,7 @@ from layerstore.copy.copyimage import machine_policy
 from layerstore.copy.names import TRANSPORTS, open_source
 from layerstore.copy.progress import ALREADY_EXISTS, PullListener, Quiet
 from layerstore.copy.reuse import WantedLayer
+from layerstore.copy.staticrepeats import Repeats, repeated_names
 from layerstore.copy.staticstore import LayerFile, StaticStore, require_diff_id
 from layerstore.copy.transport import ImageSource
 from layerstore.errors import ContentError, NotFound, UnsupportedFormat, UsageError
@@ -27,6 +28,7 @@ from layerstore.image import Digest, Platform, Reference
 from layerstore.registry import FetchedManifest
 
 WAITING: Final = "Waiting for another run on the same directory..."
+_REPEATED: Final = "an image has the layer more than once"
 _JOBS: Final = 3
 
 
@@ -48,13 +50,14 @@ class UnpackedLayer:
     """One layer of an image and how it can be found now.
 
     ``toc_digest`` is its name in dialect T; where it has none although the image announces
-    one, ``no_toc`` says why.
+    one, ``no_toc`` says why.  One that is ``left out`` has no name, because an image has it more
+    than once (``layerstore.copy.staticrepeats``): clients pull it.
     """
 
     digest: Digest
     size: int
     diff_id: Digest
-    how: Literal["unpacked", "exists"]
+    how: Literal["unpacked", "exists", "left out"]
     toc_digest: str | None
     no_toc: str = ""
 
@@ -117,9 +120,10 @@ def unpack_image(
     ``check`` may refuse a manifest.  Layers that are complete are published even if a later
     one fails.
 
-    Raises ``UsageError`` for a source without the reference that ``with_reference`` needs and
-    for a directory with other contents, ``VerificationError`` and ``InvalidLayer`` for a layer
-    that is not what the image says, ``StorageError``, and the errors of the source.
+    Raises ``UsageError`` for a source without the reference that ``with_reference`` needs, for a
+    directory with other contents, and for an image that repeats a layer which the store offers
+    already; ``VerificationError`` and ``InvalidLayer`` for a layer that is not what the image
+    says, ``StorageError``, and the errors of the source.
     """
     options = options or UnpackOptions()
     listener = listener or Quiet()
@@ -132,7 +136,9 @@ def unpack_image(
     images = _images(source, options.platforms, check)
     store = StaticStore(directory)
     with store.writing(lambda: listener.message(WAITING)):
-        work = _Work(source, store, reference, listener)
+        repeats = Repeats(store, reference)
+        repeats.add(name for image in images for name in repeated_names(image.layers))
+        work = _Work(source, store, reference, repeats, listener)
         with ThreadPoolExecutor(max(1, options.jobs), "unpack") as pool:
             try:
                 done = [work.image(image, pool) for image in images]
@@ -166,11 +172,13 @@ class _Work:
         source: ImageSource,
         store: StaticStore,
         reference: Reference | None,
+        repeats: Repeats,
         listener: PullListener,
     ) -> None:
         self._source = source
         self._store = store
         self._reference = reference
+        self._repeats = repeats
         self._listener = listener
         self._under_way: dict[Digest, Future[tuple[LayerFile, bool]]] = {}
         self._stopped = threading.Event()
@@ -182,7 +190,7 @@ class _Work:
     def image(self, image: ChosenImage, pool: ThreadPoolExecutor) -> UnpackedImage:
         for layer in image.layers:
             digest = layer.descriptor.digest
-            if digest not in self._under_way:
+            if digest not in self._under_way and self._may_have_name(layer):
                 self._under_way[digest] = pool.submit(self._fetch, layer)
         layers = tuple([self._named(layer) for layer in image.layers])
         return UnpackedImage(image.config.platform, image.manifest.digest, layers)
@@ -212,8 +220,15 @@ class _Work:
 
             return self._store.add_layer(descriptor, layer.diff_id, blob, progress), True
 
+    def _may_have_name(self, layer: WantedLayer) -> bool:
+        names = filter(None, (layer.descriptor.digest, layer.toc))
+        return not all(map(self._repeats.has, names))
+
     def _named(self, layer: WantedLayer) -> UnpackedLayer:
         digest = layer.descriptor.digest
+        if not self._may_have_name(layer):
+            self._listener.message(f"Layer {digest} is left out, clients pull it: {_REPEATED}")
+            return UnpackedLayer(digest, layer.descriptor.size, layer.diff_id, "left out", None)
         record, fetched = self._under_way[digest].result()
         require_diff_id(record, layer.diff_id)
         toc, reason = None, ""
@@ -221,9 +236,13 @@ class _Work:
             record, toc = self._store.add_toc(record, layer.descriptor.annotations)
         except ContentError as error:
             reason = str(error)
+        if toc is not None and self._repeats.has(toc):
+            toc, reason = None, _REPEATED
+        if reason:
             self._listener.message(f"Layer {digest} is not offered by its TOC: {reason}")
         for name in filter(None, (digest, toc)):
-            self._store.add_name(record, self._reference, name)
+            if not self._repeats.has(name):
+                self._store.add_name(record, self._reference, name)
         return UnpackedLayer(
             digest=digest,
             size=record.size,

@@ -11,6 +11,7 @@ import re
 from typing import Final
 
 from layerstore.errors import InvalidLayer
+from layerstore.formats import gnusparse
 
 _ZERO: Final = bytes(512)
 _ENDS: Final = b" \0"
@@ -54,8 +55,12 @@ def number(field: bytes, what: str) -> int:
 
 
 def pax_records(payload: bytes) -> dict[bytes, bytes]:
-    """Return the records of a PAX extended header; of equal keys the last counts."""
+    """Return the records of a PAX extended header; of equal keys the last counts.
+
+    The pieces of a sparse file, which have a record each, become one (``gnusparse``).
+    """
     records: dict[bytes, bytes] = {}
+    pieces: list[tuple[bytes, bytes]] = []
     position = 0
     while position < len(payload):
         # 19 digits hold every length that can be; a bound keeps the search short.
@@ -70,8 +75,14 @@ def pax_records(payload: bytes) -> dict[bytes, bytes]:
         key, value = payload[space + 1 : equals], payload[equals + 1 : end - 1]
         if b"\0" in key or (key in _NO_NUL and b"\0" in value):
             raise InvalidLayer("a PAX record holds a NUL where none may be")
-        records[key] = value
+        if gnusparse.is_piece(key):
+            pieces.append((key, value))
+        else:
+            records[key] = value
         position = end
+    if pieces:
+        key, value = gnusparse.joined_map(pieces)
+        records[key] = value
     return records
 
 

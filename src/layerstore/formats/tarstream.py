@@ -7,18 +7,20 @@ what containers/storage, Docker and containerd extract layers with:
 * links, directories, devices and pipes have no payload, whatever size they announce;
 * GNU long names win over PAX records; an empty PAX value means the header's own field;
 * PAX global headers are checked for form and otherwise have no effect;
+* sparse files are those of PAX archives (``gnusparse``); GNU's own type for them is refused;
 * two blocks of zeros end the archive, and so does the end of the stream between entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from zlib import adler32
 
 from layerstore import limits
-from layerstore.errors import InvalidLayer, LimitExceeded, UnsupportedFormat
+from layerstore.errors import ContentError, InvalidLayer, LimitExceeded, UnsupportedFormat
+from layerstore.formats import gnusparse
 from layerstore.formats.compression import Readable
 from layerstore.formats.tarfields import is_zero, number, pax_integer, pax_records, pax_time, text
 
@@ -44,7 +46,8 @@ class TarEntry:
     ``headers`` are the exact bytes of all its header blocks, extended headers and their
     payloads included, from ``header_offset``; the payload of ``size`` bytes begins at
     ``header_offset + len(headers)``.  ``type`` is one of the constants of this module.
-    Names and extended attributes are bytes as they stand in the archive.
+    Names and extended attributes are bytes as they stand in the archive.  Where ``sparse`` is
+    given, the payload is the data of its pieces, and ``headers`` hold its map, too.
     """
 
     headers: bytes
@@ -62,6 +65,7 @@ class TarEntry:
     user_name: bytes
     group_name: bytes
     xattrs: dict[bytes, bytes]
+    sparse: gnusparse.SparseMap | None = None
 
     @property
     def payload_offset(self) -> int:
@@ -79,14 +83,16 @@ class TarReader:
 
     What is left of a payload when the next entry is asked for is skipped.
 
-    Raises ``InvalidLayer`` for a broken archive, ``UnsupportedFormat`` for sparse files and
-    entry types that no container engine extracts, and ``LimitExceeded`` when the headers of
-    one entry are larger than ``limits.TAR_EXTENDED_HEADER_BYTES``.
+    Raises ``InvalidLayer`` for a broken archive, ``UnsupportedFormat`` for entry types that no
+    container engine extracts and for sparse files, and ``LimitExceeded`` when the headers of
+    one entry are larger than ``limits.TAR_EXTENDED_HEADER_BYTES``.  Who asks for ``sparse`` files
+    gets them, and must look at ``TarEntry.sparse``.
     """
 
-    def __init__(self, stream: Readable, *, offset: int = 0) -> None:
+    def __init__(self, stream: Readable, *, offset: int = 0, sparse: bool = False) -> None:
         """Begin at the stream's present position, which counts as ``offset``."""
         self._stream = stream
+        self._sparse = sparse
         self._position = offset
         self._payload = 0  # bytes of the payload not read yet
         self._padding = 0
@@ -152,9 +158,35 @@ class TarReader:
             long_name=long_name,
             long_link=long_link,
         )
+        if records and gnusparse.is_sparse(records):
+            entry = self._with_map(entry, records)
         self._payload = entry.size
         self._padding = entry.padding
         return entry
+
+    def _with_map(self, entry: TarEntry, records: dict[bytes, bytes]) -> TarEntry:
+        name = records.get(gnusparse.NAME) or entry.name
+        if not self._sparse:
+            raise UnsupportedFormat(
+                "sparse files in tar archives are extracted, and nothing else",
+                subject=shown(name),
+                advice="make the layer's archive without --sparse",
+            )
+        if entry.type != REGULAR:
+            raise InvalidLayer("the entry is sparse and no file", subject=shown(name))
+        parts = [entry.headers]
+
+        def read_blocks(n: int) -> bytes:
+            parts.append(self._exactly(n))
+            return parts[-1]
+
+        try:
+            found, taken = gnusparse.read_map(records, entry.size, read_blocks)
+        except ContentError as error:
+            error.subject = shown(name)
+            raise
+        headers, size = b"".join(parts), entry.size - taken
+        return replace(entry, headers=headers, name=name, size=size, sparse=found)
 
     def _header_block(self, *, pending: bool) -> bytes | None:
         block = self._up_to(BLOCK)
@@ -246,8 +278,6 @@ def _entry(
     for key, value in records.items():
         if key.startswith(_XATTR):
             xattrs[key[len(_XATTR) :]] = value
-        elif key.startswith(b"GNU.sparse."):
-            raise UnsupportedFormat("sparse files in tar archives are not handled")
         elif not value:
             continue
         elif key == b"path":
@@ -276,9 +306,15 @@ def _entry(
         # V7 has no type for directories; type 7, "contiguous", is a plain file everywhere.
         flag = DIRECTORY if flag == b"\0" and name.endswith(b"/") else REGULAR
     if flag == b"S":
-        raise UnsupportedFormat("sparse files in tar archives are not handled")
+        raise UnsupportedFormat(
+            "sparse files of GNU's own tar format are not handled",
+            subject=shown(name),
+            advice="no container engine extracts them: make the archive with --format=pax",
+        )
     if flag not in _KNOWN:
-        raise UnsupportedFormat(f"a tar entry has the type {flag!r}, which is not handled")
+        raise UnsupportedFormat(
+            f"the tar entry has the type {flag!r}, which is not handled", subject=shown(name)
+        )
     if flag != REGULAR:
         size = 0
     elif size > limits.FILE_BYTES:
@@ -300,6 +336,11 @@ def _entry(
         group_name=group_name,
         xattrs=xattrs,
     )
+
+
+def shown(name: bytes) -> str:
+    """A name of an archive for a message."""
+    return name[:256].decode(errors="replace")
 
 
 def _prefix(block: bytes) -> bytes:

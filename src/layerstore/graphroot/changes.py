@@ -5,6 +5,10 @@ paths in sorted order; a whiteout is a deletion, and so is an opaque directory t
 has; what a layer below has is changed, but a directory only if its mode, size or time differ;
 everything else is added.  Before an addition or deletion stand the directories above it that were
 not reported yet, as changed.
+
+Where a program makes the mounts, Podman compares the two mounted trees instead (``ChangesDirs``):
+what one of them has and the other has not, and what differs in mode, owner, device or attributes,
+or, but for directories, in size or time.  Directories above any change are changed.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Final, Literal
 from layerstore.errors import StorageError
 from layerstore.graphroot.beneath import Beneath
 from layerstore.graphroot.lowertree import LowerTrees, is_opaque, is_whiteout
+from layerstore.graphroot.merged import Merged, Node
 
 ENGINE_FILES: Final = frozenset(
     (
@@ -43,19 +48,25 @@ class Change:
         return f"{self.kind} {os.fsdecode(self.path)}"
 
 
-def changes(diff: Path, lowers: Sequence[Path]) -> Iterator[Change]:
+def changes(diff: Path, lowers: Sequence[Path], *, by_program: bool = False) -> Iterator[Change]:
     """Compare ``diff`` with the ``diff`` directories below it, nearest first, as Podman prints it.
 
-    Raises StorageError.
+    ``by_program``: a program makes the mounts of the graph root.  Raises StorageError.
     """
-    for change in all_changes(diff, lowers):
+    for change in all_changes(diff, lowers, by_program=by_program):
         if change.path not in ENGINE_FILES:
             yield change
 
 
-def all_changes(diff: Path, lowers: Sequence[Path]) -> Iterator[Change]:
+def all_changes(
+    diff: Path, lowers: Sequence[Path], *, by_program: bool = False
+) -> Iterator[Change]:
     """The same with what the engine makes in containers."""
     try:
+        if by_program:
+            with Merged([diff, *lowers]) as merged:
+                yield from _compare(merged)
+            return
         with Beneath(diff) as tree, LowerTrees(lowers) as below:
             yield from _walk(tree, below)
     except OSError as error:
@@ -102,11 +113,56 @@ def _kind(
 def _same_directory(one: os.stat_result, other: os.stat_result) -> bool:
     if one.st_mode != other.st_mode or one.st_size != other.st_size:
         return False
+    return _same_time(one, other)
+
+
+def _same_time(one: os.stat_result, other: os.stat_result) -> bool:
     first, second = one.st_mtime_ns, other.st_mtime_ns
     # A time without fraction may have lost it.
     return first == second or (
         first // _SECOND == second // _SECOND and not (first % _SECOND and second % _SECOND)
     )
+
+
+def _compare(merged: Merged) -> Iterator[Change]:
+    """The changes between the stack without its first layer and the whole."""
+    reported: set[bytes] = set()
+    ahead: list[tuple[bytes, Node | None, Node | None]] = [(b"", merged.root(0), merged.root(1))]
+    while ahead:
+        path, new, old = ahead.pop()
+        kind = _kind_of(merged, path, new, old) if path else None
+        if kind is not None:
+            yield from _above(path, reported)
+            reported.add(path)
+            yield Change(kind, b"/" + path)
+        # Where the first layer has no directory nothing can differ.
+        if new is None or 0 not in new.layers:
+            continue
+        ours = merged.children(path, new)
+        theirs = merged.children(path, old) if old is not None else {}
+        start = path + b"/" if path else b""
+        for name in sorted(ours.keys() | theirs.keys(), reverse=True):
+            one = ours.get(name)
+            if one is None or one.layer == 0:
+                ahead.append((start + name, one, theirs.get(name)))
+
+
+def _kind_of(
+    merged: Merged, path: bytes, new: Node | None, old: Node | None
+) -> Literal["A", "C", "D"] | None:
+    if new is None:
+        return "D"
+    if old is None:
+        return "A"
+    one, other = new.found, old.found
+    same = (one.st_mode, one.st_uid, one.st_gid, one.st_rdev) == (
+        *(other.st_mode, other.st_uid, other.st_gid, other.st_rdev),
+    )
+    if same and not new.is_directory:
+        same = one.st_size == other.st_size and _same_time(one, other)
+    if same:
+        same = merged.attributes(path, new) == merged.attributes(path, old)
+    return None if same else "C"
 
 
 def _above(path: bytes, reported: set[bytes]) -> Iterator[Change]:

@@ -10,6 +10,7 @@ What stands in an overlay layer's ``diff`` after a pull by Podman is the measure
 * The root's owner, mode and time count only when it is called ``/``; ``./`` says nothing.
 * ``.wh.NAME`` becomes a character device 0:0 with the entry's owner, ``.wh..wh..opq`` the
   overlay's opaque attribute.  A whiteout below a whiteout is nothing.
+* Of sparse files the holes stay holes, which Podman fills with zeros.
 * Times before 1970 and after 2262 become 1970, except those of symbolic links.
 * Device nodes are left out inside a user namespace, where nobody may make them.
 
@@ -37,7 +38,7 @@ from layerstore import limits
 from layerstore.errors import InvalidLayer, LayerstoreError, LimitExceeded, StorageError
 from layerstore.formats import tarstream
 from layerstore.formats.compression import Readable
-from layerstore.formats.tarstream import TarEntry, TarReader
+from layerstore.formats.tarstream import TarEntry, TarReader, shown
 from layerstore.graphroot.beneath import Beneath, clean, open_directory, through
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.whiteouts import OPAQUE_MARKER, WHITEOUT_PREFIX, WhiteoutStyle
@@ -83,7 +84,7 @@ def apply_tar(stream: Readable, root: Path, options: ExtractOptions | None = Non
     extractor, closed, for what it has counted.
     """
     with Extractor(root, options or ExtractOptions()) as extractor:
-        reader = TarReader(stream)
+        reader = TarReader(stream, sparse=True)
         for entry in reader:
             extractor.apply(entry, reader.read)
         extractor.finish()
@@ -176,7 +177,7 @@ class Extractor:
             try:
                 self._set_directory_time(path, mtime_ns)
             except OSError as error:
-                raise StorageError(f"cannot set the time: {error}", subject=_shown(path)) from error
+                raise StorageError(f"cannot set the time: {error}", subject=shown(path)) from error
 
     def _set_directory_time(self, path: bytes, mtime_ns: int) -> None:
         if not path:
@@ -262,14 +263,13 @@ class Extractor:
             self._clear(directory, last)
             fd = os.open(last, _CREATE, mode & 0o777, dir_fd=directory)
         try:
-            left = entry.size
-            while left:
-                data = read(_PIECE)
-                left -= len(data)
-                written = os.write(fd, data)
-                while written < len(data):
-                    data = data[written:]
-                    written = os.write(fd, data)
+            if entry.sparse is None:
+                _write(fd, entry.size, read)
+            else:
+                for offset, length in entry.sparse.pieces:
+                    os.lseek(fd, offset, os.SEEK_SET)
+                    _write(fd, length, read)
+                os.ftruncate(fd, entry.sparse.size)
             self._own(entry, fd)
             if mode & self._doubtful or not self._plain:
                 os.fchmod(fd, mode)
@@ -333,7 +333,7 @@ class Extractor:
         except (FileNotFoundError, NotADirectoryError):
             _refuse(
                 entry,
-                f"the entry is a hard link to {_shown(target)}, which the layer does not have",
+                f"the entry is a hard link to {shown(target)}, which the layer does not have",
             )
         if stat.S_ISDIR(found.st_mode):
             _refuse(entry, "the entry is a hard link to a directory")
@@ -392,7 +392,7 @@ class Extractor:
             if error.errno in (errno.EPERM, errno.EINVAL):
                 raise StorageError(
                     f"cannot give the file to {entry.uid}:{entry.gid}: {error.strerror}",
-                    subject=_shown(entry.name),
+                    subject=shown(entry.name),
                     advice="there may be too few ids in the user namespace: see /etc/subuid and "
                     "/etc/subgid, or use the storage option ignore_chown_errors",
                 ) from error
@@ -419,7 +419,7 @@ class Extractor:
                 if error.errno == errno.EPERM and self._options.in_user_namespace:
                     continue
                 if error.errno == errno.EPERM and name.startswith(b"user.") and not follow:
-                    _refuse(entry, f"no file of this kind can have the attribute {_shown(name)}")
+                    _refuse(entry, f"no file of this kind can have the attribute {shown(name)}")
                 raise
 
     def _mind(self, entry: TarEntry) -> None:
@@ -446,6 +446,16 @@ class Extractor:
         self._tree.forget(keep=directory)
 
 
+def _write(fd: int, left: int, read: Callable[[int], bytes]) -> None:
+    while left:
+        data = read(min(left, _PIECE))
+        left -= len(data)
+        written = os.write(fd, data)
+        while written < len(data):
+            data = data[written:]
+            written = os.write(fd, data)
+
+
 def _time(mtime_ns: int) -> int:
     return mtime_ns if 0 <= mtime_ns <= _LAST_NS else 0
 
@@ -459,17 +469,13 @@ def _umask() -> int:
     return 0o777
 
 
-def _shown(name: bytes) -> str:
-    return name[:256].decode(errors="replace")
-
-
 def _refuse(entry: TarEntry, why: str) -> NoReturn:
-    raise InvalidLayer(why, subject=_shown(entry.name))
+    raise InvalidLayer(why, subject=shown(entry.name))
 
 
 def _explained(error: OSError, entry: TarEntry) -> LayerstoreError:
     if error.errno in _ARCHIVES_FAULT:
         return InvalidLayer(
-            f"the entry of the archive cannot be made: {error.strerror}", subject=_shown(entry.name)
+            f"the entry of the archive cannot be made: {error.strerror}", subject=shown(entry.name)
         )
-    return StorageError(f"cannot extract the file: {error.strerror}", subject=_shown(entry.name))
+    return StorageError(f"cannot extract the file: {error.strerror}", subject=shown(entry.name))

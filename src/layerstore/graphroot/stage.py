@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from layerstore import limits
 from layerstore.errors import LimitExceeded, StorageError, VerificationError
 from layerstore.formats.compression import Compression, LayerStream, Readable
-from layerstore.formats.tarstream import TarReader
+from layerstore.formats.tarstream import TarEntry, TarReader
 from layerstore.graphroot.extract import ExtractOptions, Extractor
 from layerstore.graphroot.removal import remove_tree
 from layerstore.graphroot.staged import DIFF, TAR_SPLIT, StagedLayer
@@ -92,11 +92,11 @@ def _extract(stream: _Stream, directory: Path, options: ExtractOptions) -> Extra
         SMALL_FILES.taken(),
     ):
         split = TarSplitWriter(out)
-        reader = TarReader(stream)
-        payload = _Payload(stream, reader)
+        reader = TarReader(stream, sparse=True)
+        payload = _Payload(stream, reader, split)
         while (entry := reader.next()) is not None:
             split.segment(stream.raw())
-            payload.crc = 0
+            payload.begin(entry)
             if entry.size < limits.LARGE_FILE_BYTES:
                 extractor.apply(entry, payload.read)
             else:
@@ -104,7 +104,7 @@ def _extract(stream: _Stream, directory: Path, options: ExtractOptions) -> Extra
                     extractor.apply(entry, payload.read)
             while payload.read(_PIECE):
                 pass
-            split.file(entry.name, entry.size, payload.crc)
+            split.file(entry.name, payload.size, payload.crc)
         split.segment(stream.raw())
         trailer = 0
         while data := stream.read(_PIECE):
@@ -323,19 +323,34 @@ class _Stream:
 
 
 class _Payload:
-    """The payload of the entry at hand, with its CRC."""
+    """The payload of the entry at hand, with its CRC.
 
-    def __init__(self, stream: _Stream, reader: TarReader) -> None:
+    That of a sparse file is not what the file will be read as: it goes into the tar-split, and for
+    that the entry has no content.  (Podman notes the file as it reads it, and cannot give the
+    layer back.)
+    """
+
+    def __init__(self, stream: _Stream, reader: TarReader, split: TarSplitWriter) -> None:
         self.crc = 0
+        self.size = 0
         self._stream = stream
         self._reader = reader
+        self._split = split
+        self._kept = False
+
+    def begin(self, entry: TarEntry) -> None:
+        """Go on to the next entry."""
+        self._kept = entry.sparse is not None
+        self.crc, self.size = 0, 0 if self._kept else entry.size
 
     def read(self, n: int) -> bytes:
-        self._stream.keeping = False
+        self._stream.keeping = self._kept
         try:
             data = self._reader.read(n)
         finally:
             self._stream.keeping = True
-        if data:
+        if self._kept:
+            self._split.segment(self._stream.raw())
+        elif data:
             self.crc = crc64(data, self.crc)
         return data

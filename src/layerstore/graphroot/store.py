@@ -128,9 +128,14 @@ class Store:
             ) from error
 
     @property
+    def mounts_by_program(self) -> bool:
+        """Whether a program (fuse-overlayfs) makes the mounts of this graph root."""
+        return bool(self.config.mount_program) or self.layer_area.overlay.has_mount_program
+
+    @property
     def whiteouts(self) -> WhiteoutStyle:
         """How layers of this graph root note down deletions."""
-        if self.config.mount_program or self.layer_area.overlay.has_mount_program:
+        if self.mounts_by_program:
             return WhiteoutStyle.AUFS
         rootless = self.config.rootless or in_user_namespace()
         return WhiteoutStyle.USERXATTR if rootless else WhiteoutStyle.OVERLAY

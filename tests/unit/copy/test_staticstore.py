@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lab import oci, tars
+from lab import oci, sparse, tars
 from lab.oci import StoredImage
 from lab.tars import Member
 from layerstore.copy.ocilayout import OciLayout
@@ -52,7 +52,7 @@ from layerstore.graphroot.als import LayerStores
 from layerstore.graphroot.extract import apply_tar
 from layerstore.graphroot.storageconf import LayerStoreSpec
 from layerstore.graphroot.treecheck import tree_differences
-from layerstore.image import Digest, Platform, Reference
+from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference, parse_manifest
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="owners and whiteouts need root")
@@ -143,6 +143,12 @@ def store_blob(image: StoredImage, data: bytes) -> str:
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     image.blob(digest).write_bytes(data)
     return digest
+
+
+def source_layers(source: Named) -> Sequence[Descriptor]:
+    manifest = parse_manifest(source.manifest().raw)
+    assert isinstance(manifest, Manifest)
+    return manifest.layers
 
 
 @pytest.fixture
@@ -268,6 +274,15 @@ def test_names_of_directories_become_links(tmp_path: Path, store: Path) -> None:
     assert damage(store) == []
 
 
+def test_a_layer_with_sparse_files_is_unpacked(tmp_path: Path, store: Path) -> None:
+    layers = [oci.LayerSource(sparse.sparse_tar(tmp_path, "1.0"))]
+    fill(store, oci.write_image(tmp_path / "image", "1", layers, oci.RunConfig()))
+    (name,) = names(store)
+    diff = store / name / "diff"
+    assert {file: (diff / file).read_bytes() for file in sparse.FILES} == sparse.FILES
+    assert damage(store) == []
+
+
 def test_names_with_a_reference(tmp_path: Path, store: Path) -> None:
     image = lazy(tmp_path / "image", BASE)
     fill(store, image, with_reference=True)
@@ -330,10 +345,88 @@ def test_images_share_layers(tmp_path: Path, store: Path) -> None:
     assert len(StaticStore(store).layers()) == 3
 
 
-def test_a_layer_that_is_listed_twice_is_read_once(tmp_path: Path, store: Path) -> None:
-    source = Named(ordinary(tmp_path / "image", TOP, TOP))
-    fill(store, source)
-    assert len(source.opened) == 1
+def test_a_layer_that_is_listed_twice_is_not_read_and_has_no_name(
+    tmp_path: Path, store: Path
+) -> None:
+    source = Named(lazy(tmp_path / "image", BASE, TOP, BASE))
+    twice, once = source_layers(source)[:2]
+    result = fill(store, source)
+    assert [layer.how for layer in result.images[0].layers] == ["left out", "unpacked", "left out"]
+    assert source.opened == [once.digest]
+    assert names(store) == {once.digest, result.images[0].layers[1].toc_digest}
+    # nor later, for an image that has it once
+    other = Named(lazy(tmp_path / "other", BASE))
+    assert [layer.digest for layer in source_layers(other)] == [twice.digest]
+    assert fill(store, other).images[0].layers[0].how == "left out"
+    assert other.opened == []
+    assert len(names(store)) == 2
+    # a client that asks with the other image's reference is another matter
+    other = Named(lazy(tmp_path / "third", BASE), Reference.parse("registry.example/other:1"))
+    assert fill(store, other, with_reference=True).images[0].layers[0].how == "unpacked"
+    assert len(names(store)) == 4
+    assert damage(store) == []
+
+
+def test_an_image_that_repeats_what_is_there_is_refused_as_a_whole(
+    tmp_path: Path, store: Path
+) -> None:
+    first = ordinary(tmp_path / "first", BASE)
+    fill(store, first)
+    (name,) = names(store)
+    source = Named(ordinary(tmp_path / "second", TOP, BASE, BASE))
+    with pytest.raises(UsageError, match="more than once") as refused:
+        fill(store, source)
+    assert str(store / name) in refused.value.advice
+    assert source.opened == []
+    assert names(store) == {name}
+    assert fill(store, first).images[0].layers[0].how == "exists"
+    (store / name).unlink()
+    assert [layer.how for layer in fill(store, source).images[0].layers] == [
+        "unpacked",
+        "left out",
+        "left out",
+    ]
+
+
+def test_what_one_platform_repeats_has_no_name_for_the_others(tmp_path: Path, store: Path) -> None:
+    layers = {"amd64": (BASE, TOP), "arm64": (BASE, TOP, TOP)}
+    layout = tmp_path / "index"
+    made = [
+        oci.write_image(
+            layout,
+            each,
+            [oci.LayerSource(tar(members)) for members in layers[each]],
+            oci.RunConfig(architecture=each),
+        )
+        for each in layers
+    ]
+    both = tuple(Platform.parse(f"linux/{each}") for each in layers)
+    result = fill(store, oci.write_index(layout, "1", made), platforms=both)
+    hows = [[layer.how for layer in image.layers] for image in result.images]
+    assert hows == [["unpacked", "left out"], ["unpacked", "left out", "left out"]]
+    assert len(names(store)) == 1
+
+
+def test_layers_of_one_toc_have_their_blobs_names_only(tmp_path: Path, store: Path) -> None:
+    """For clients of dialect T that is one layer twice, for the others it is two layers."""
+
+    def alike(manifest: dict[str, Any]) -> None:
+        manifest["layers"][1]["annotations"] = manifest["layers"][0]["annotations"]
+
+    image = lazy(tmp_path / "image", BASE, TOP, change=alike)
+    result = fill(store, image)
+    assert names(store) == {layer.digest for layer in image.layers}
+    assert all(layer.no_toc for layer in result.images[0].layers)
+
+
+def test_a_blob_of_two_tocs_has_no_name(tmp_path: Path, store: Path) -> None:
+    """Both names would lead to its one directory."""
+
+    def other(manifest: dict[str, Any]) -> None:
+        manifest["layers"][1]["annotations"][ESTARGZ_TOC_DIGEST] = f"sha256:{'3' * 64}"
+
+    fill(store, lazy(tmp_path / "image", BASE, BASE, change=other))
+    assert names(store) == set()
 
 
 def test_a_toc_that_is_announced_later_is_added(tmp_path: Path, store: Path) -> None:

@@ -229,7 +229,7 @@ def test_broken_archives_are_refused(data: bytes) -> None:
         header(x156=b"S"),
         header(x156=b"V"),
         header(x156=b"?"),
-        pax([(b"GNU.sparse.major", b"1")], header()),
+        pax([(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")], header()),
         pax([(b"GNU.sparse.map", b"0,1")], header()),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab import tars, trees, xattrs
+from lab import sparse, tars, trees, xattrs
 from lab.images import tar_bytes
 from lab.tars import Member
 from layerstore import limits
@@ -351,13 +351,19 @@ def test_what_cannot_be_is_refused_by_name(layer: Path, members: list[Member], n
     assert after[b"canary"] == before[b"canary"]
 
 
-def test_sparse_files_are_refused(layer: Path) -> None:
-    raw = bytearray(tar_bytes([tars.regular(b"sparse", b"x" * 600)]))
-    raw[156:157] = b"S"
-    raw[148:156] = b"        "
-    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+@pytest.mark.parametrize("version", sparse.VERSIONS)
+def test_sparse_files_have_their_holes(tmp_path: Path, layer: Path, version: str) -> None:
+    apply_tar(io.BytesIO(sparse.sparse_tar(tmp_path, version)), layer)
+    assert {name: (layer / name).read_bytes() for name in sparse.FILES} == sparse.FILES
+    assert (layer / "d/hole").stat().st_blocks == 0
+    assert (layer / "d/sparse").stat().st_blocks * 512 < 1 << 20
+    found = (layer / "d/tail").stat()
+    assert found.st_mtime_ns == (tmp_path / "source/d/tail").stat().st_mtime_ns
+
+
+def test_sparse_files_of_gnus_own_type_are_refused(tmp_path: Path, layer: Path) -> None:
     with pytest.raises(UnsupportedFormat, match="sparse"):
-        apply_tar(io.BytesIO(bytes(raw)), layer)
+        apply_tar(io.BytesIO(sparse.sparse_tar(tmp_path, "gnu")), layer)
 
 
 def test_negative_sizes_and_owners_are_refused(layer: Path) -> None:

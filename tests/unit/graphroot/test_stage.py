@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from isal import igzip
 
-from lab import tars
+from lab import sparse, tars
 from lab.images import noise, tar_bytes
 from layerstore import limits
 from layerstore.errors import (
@@ -117,6 +117,18 @@ def test_odd_archives_come_back_too(place: Path, odd: bytes) -> None:
     staged = run(place, odd)
     assert (staged.diff_id, staged.diff_size) == (Digest.of(odd), len(odd))
     assert b"".join(export_diff(place / "diff", (), place / "tar-split.gz")) == odd
+
+
+@pytest.mark.parametrize("version", sparse.VERSIONS)
+def test_archives_with_sparse_files_come_back_too(
+    tmp_path: Path, place: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerstore.graphroot.extract._PIECE", 3000)
+    tar = sparse.sparse_tar(tmp_path, version)
+    staged = run(place, gzip.compress(tar), diff_id=Digest.of(tar))
+    assert staged.diff_size == len(tar)
+    assert {name: (place / "diff" / name).read_bytes() for name in sparse.FILES} == sparse.FILES
+    assert b"".join(export_diff(place / "diff", (), place / "tar-split.gz")) == tar
 
 
 def test_sha512_is_checked_where_it_is_announced(place: Path) -> None:
