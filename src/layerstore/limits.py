@@ -163,6 +163,7 @@ READ_ANSWER_SECONDS: Final = 120.0  # a read is answered by then, with EIO if ne
 BLOB_ANSWER_SECONDS: Final = 3600.0  # a read of `blob` waits for the whole blob
 RESOLVE_ANSWER_SECONDS: Final = RESOLVE_SECONDS + 2.0  # a lookup is answered by then, with ENOENT
 CONTROL_VALID_SECONDS: Final = 60  # the kernel keeps names of known references and layers so long
+BLOB_NAME_SECONDS: Final = 1  # and what is below such a layer by blob digest: a reload may end it
 IO_WORKERS: Final = 4  # threads that wait for the local disk
 IO_QUEUE: Final = 65_536
 READ_ERROR_LOG_SECONDS: Final = 10.0  # one line a file in this time
