@@ -10,13 +10,14 @@ if it had never been heard of.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 
 from layerstore import limits
 from layerstore.image import Reference
 from layerstore.provider.dialect import Dialect
-from layerstore.provider.needs import LookAtNeeds
+from layerstore.provider.needs import LookAtNeeds, Needs
 from layerstore.provider.policy import DialectL, Ordinary, Policy
 from layerstore.provider.state import State, View
 from layerstore.provider.workers import WorkerPool
@@ -30,7 +31,9 @@ class Allowance:
     def __init__(self, state: State, policy: Policy, needs: LookAtNeeds) -> None:
         self._state = state
         self._policy = policy
-        self._needs = needs
+        self._look_at_needs = needs
+        self._needs = Needs()
+        self._looked = float("-inf")
         self._found: set[int] = set()
         self._kept: set[int] = set()
         self._lookers = WorkerPool("in-use", 1, limits.RESOLVE_QUEUE)
@@ -93,13 +96,16 @@ class Allowance:
             anew()
 
     def _is_used(self, view: View) -> bool:
-        needs = self._needs()
-        return (
-            not needs.known
-            or view.key in needs.referenced
-            or view.key in needs.mounted
-            or self._state.uses(view.key) > 0  # somebody took it meanwhile
-        )
+        began = time.monotonic()
+        # All layers of a pull are asked for.  Who came since the last look is counted; who went may
+        # still be seen in it, so it is good for a no only.
+        if began - self._looked > limits.IN_USE_LOOK_SECONDS or self._seen(view):
+            self._needs, self._looked = self._look_at_needs(), began
+        return self._state.uses(view.key) > 0 or self._seen(view)
+
+    def _seen(self, view: View) -> bool:
+        needs = self._needs
+        return not needs.known or view.key in needs.referenced or view.key in needs.mounted
 
     def close(self) -> None:
         """Begin no more looks."""

@@ -11,6 +11,7 @@ import pytest
 
 from lab.simimages import without_tocs
 from lab.waiting import until
+from layerstore import limits
 from layerstore.provider import DialectL, Needs, Ordinary, Policy, View
 
 FILES = [{"bin/sh": b"shell" * 3000, "etc/a": b"a"}]
@@ -93,6 +94,23 @@ def test_a_layer_that_nobody_uses_is_judged_by_the_policy_of_today(
     # it is not forgotten: under the old policy it is the same again
     under(Policy())
     assert asker.view(view.reference, view.name) == view
+
+
+def test_a_pull_of_many_layers_looks_at_the_graph_roots_once(
+    asker, publisher, registry, under, clients, monkeypatch
+):
+    under(Policy())
+    image = publisher.push("app", "1", [{f"f{n}": bytes([n]) * 100} for n in range(6)])
+    views = [asker.view(ref(registry), layer.digest) for layer in image.layers]
+    monkeypatch.setattr(limits, "IN_USE_LOOK_SECONDS", 60.0)
+    under(OFF)
+    before = clients.looks
+    for view in views:
+        assert asker.reason(view.reference, view.name) == "dialect-l-off"
+    assert clients.looks == before + 1
+    # who comes after the look is counted, and who was there before was seen
+    asker.store.use(views[0])
+    assert asker.view(views[0].reference, views[0].name) == views[0]
 
 
 def of_registry(registry) -> Policy:
