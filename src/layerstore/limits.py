@@ -154,6 +154,9 @@ EVICTION_YOUNG_SECONDS: Final = 10.0  # files of running containers are not evic
 DISK_LOOK_SECONDS: Final = 60.0  # between looks at the disk and at what was used
 DISK_MEASURE_SECONDS: Final = 900.0  # between measurements of all that is stored
 RECENCY_SECONDS: Final = 600.0  # when a layer was last used is noted down this exactly
+IN_USE_LOOK_SECONDS: Final = (
+    1.0  # a look at graph roots that found no use of a layer is good so long
+)
 PULL_SECONDS: Final = 600.0  # a layer that a client has just taken counts as used so long
 RETURN_SHARE: Final = 0.25  # of an evicted layer is read before all of it is fetched again
 CHECK_FINDINGS: Final = 10_000  # of a check of the cache that are listed
@@ -164,6 +167,7 @@ READ_ANSWER_SECONDS: Final = 120.0  # a read is answered by then, with EIO if ne
 BLOB_ANSWER_SECONDS: Final = 3600.0  # a read of `blob` waits for the whole blob
 RESOLVE_ANSWER_SECONDS: Final = RESOLVE_SECONDS + 2.0  # a lookup is answered by then, with ENOENT
 CONTROL_VALID_SECONDS: Final = 60  # the kernel keeps names of known references and layers so long
+BLOB_NAME_SECONDS: Final = 1  # and what is below such a layer by blob digest: a reload may end it
 IO_WORKERS: Final = 4  # threads that wait for the local disk
 IO_QUEUE: Final = 65_536
 READ_ERROR_LOG_SECONDS: Final = 10.0  # one line a file in this time

@@ -116,10 +116,10 @@ class StoreFilesystem(Operations):
         if view is not None and self._store.quarantined(view):
             self._store.refuse_quarantined(view)
             return errno.EIO
-        if view is not None:
+        if view is not None and self._store.allowance.stands(view):
             self._store.found(view)
             return self._child_entry(request, view, name)
-        named = self._transient.get(key)
+        named = self._transient.get(key) if view is None else (view.reference, view.name)
         if named is None:
             return errno.ESTALE
         deferred = request.defer(limits.RESOLVE_ANSWER_SECONDS, errno=errno.ENOENT)
@@ -136,16 +136,18 @@ class StoreFilesystem(Operations):
         return deferred
 
     def _child_entry(self, request: Request, view: View, name: bytes) -> Answer:
+        seconds = self._store.allowance.name_seconds(view)
+        valid = wire.FOREVER if seconds is None else seconds
         if name == b"diff":
             node = names.layer_node(view.slot, 0, view.number)
             return self._with_layer(
                 request,
                 view.slot,
-                lambda layer: wire.entry_reply(node, self._entry_attr(layer, node, 0)),
+                lambda layer: wire.entry_reply(node, self._entry_attr(layer, node, 0), valid),
             )
         kind = Control.INFO if name == b"info" else Control.BLOB
         node = names.control_node(kind, view.key)
-        return wire.entry_reply(node, self._view_attr(node, kind, view))
+        return wire.entry_reply(node, self._view_attr(node, kind, view), valid)
 
     def _lookup_entry(self, request: Request, parent: int, name: bytes) -> Answer:
         slot, directory, view = names.layer_of(parent)
@@ -432,7 +434,7 @@ class StoreFilesystem(Operations):
             digest = names.digest_of(name)
         except InvalidDigest:
             return errno.EROFS
-        view = self._store.known(reference, digest)
+        view = self._store.view(names.name_hash(reference, digest))
         if view is not None:
             self._store.release(view)
         self._released()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from layerstore import limits
@@ -16,8 +18,11 @@ from layerstore.errors import (
     RegistryError,
 )
 from layerstore.image import Reference
-from layerstore.provider.state import LayerRecord
+from layerstore.provider.images import Images
+from layerstore.provider.state import LayerRecord, View
 from layerstore.registry import BlobReader, RegistryClient
+
+_log = logging.getLogger(__name__)
 
 
 class Watched:
@@ -59,6 +64,18 @@ class Sources:
             if reference.name in repositories:
                 del known[repositories.index(reference.name)]
             known.insert(0, reference)
+
+    def find_missing(self, views: Iterable[View], images: Images) -> None:
+        """Layers that were only ever named without a reference: where they can be fetched."""
+        for view in views:
+            if view.reference or self.of(view.slot):
+                continue
+            try:
+                match = images.find_anywhere(view.name, time.monotonic())
+            except LayerstoreError as error:
+                _log.warning("event=layer-without-source layer=%s error=%s", view.name, error)
+            else:
+                self.add(view.slot, match.reference)
 
     def of(self, slot: int) -> tuple[Reference, ...]:
         """The references of a layer, in the order of asking."""

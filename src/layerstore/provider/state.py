@@ -417,11 +417,11 @@ class State:
     def add_view(
         self, reference: str, name: Digest, dialect: Dialect, slot: int, info: bytes
     ) -> View:
-        """The view of a layer under a name; an existing one is returned as it is."""
+        """The view of a layer under a name; one of it stays as it is, one of another gives way."""
         key = names.name_hash(reference, name)
         with self._lock:
             known = self._views.get(key)
-            if known is not None:
+            if known is not None and known.slot == slot:
                 return known
             number = self._numbers.get(slot, 0) + 1
             if number >= names.VIEWS:
@@ -432,6 +432,8 @@ class State:
                 key, reference, name, dialect.value, slot, number, info, view.created,
             )  # fmt: skip
             self._odd_views = [odd for odd in self._odd_views if odd != key]
+            if known is not None:
+                self._by_reference[names.name_hash(reference)].remove(known)
             self._remember(view)
             return view
 

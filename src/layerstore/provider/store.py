@@ -21,6 +21,7 @@ from layerstore.errors import LayerstoreError, StorageError
 from layerstore.formats.announced import Announced, announced
 from layerstore.image import Descriptor, Digest, Manifest, Platform, Reference
 from layerstore.provider import layerreport, names
+from layerstore.provider.allowance import Allowance
 from layerstore.provider.cachecheck import Checks, Place
 from layerstore.provider.dialect import Dialect
 from layerstore.provider.diskuse import DiskUse
@@ -115,7 +116,8 @@ class Store:
             root, self._state, self.layers, self._objects, self._room, self.ingests, needs
         )
         self.disk_use = DiskUse(root, self._state, self._room, self.housekeeper)
-        self._find_sources()
+        self._sources.find_missing(self._state.views(), self._images)
+        self.allowance = Allowance(self._state, self.policy, needs)
         self._resolvers = WorkerPool("resolve", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._loaders = WorkerPool("toc", limits.RESOLVE_WORKERS, limits.RESOLVE_QUEUE)
         self._lock = threading.Lock()
@@ -130,27 +132,11 @@ class Store:
         self.layers.resume()
         self.housekeeper.start()
 
-    def _find_sources(self) -> None:
-        """Layers that were only ever named without a reference: where they can be fetched."""
-        for view in self._state.views():
-            if view.reference or self._sources.of(view.slot):
-                continue
-            try:
-                match = self._images.find_anywhere(view.name, time.monotonic())
-            except LayerstoreError as error:
-                _log.warning("event=layer-without-source layer=%s error=%s", view.name, error)
-            else:
-                self._sources.add(view.slot, match.reference)
-
     def _rebuild(self, record: LayerRecord, references: tuple[Reference, ...]) -> None:
         how = self._loader if record.form.lazy else self.ingests
         how.rebuild(record, references)
 
     # -- lookups ---------------------------------------------------------------------
-
-    def known(self, reference: str, name: Digest) -> View | None:
-        """The view, if it was resolved before.  Never waits."""
-        return self._state.view(names.name_hash(reference, name))
 
     def view(self, key: int) -> View | None:
         """The view with this name hash.  Never waits."""
@@ -180,10 +166,18 @@ class Store:
         """
         key = names.name_hash(reference, name)
         known = self._state.view(key)
-        if known is not None:
-            self.count_lookup("known")
-            answer(known)
+        anew = partial(self._resolve_anew, key, reference, name, answer)
+        if known is None:
+            anew()
             return
+
+        def show() -> None:
+            self.found(known)
+            answer(known)
+
+        self.allowance.settle(known, show, anew)
+
+    def _resolve_anew(self, key: int, reference: str, name: Digest, answer: Answer) -> None:
         refusal = self._refusals.recent(key, reference)
         with self._lock:
             waiting = self._pending.get(key)
@@ -211,7 +205,7 @@ class Store:
     def judge(self, reference: str, name: Digest) -> View | Refusal:
         """Find out about a layer in this thread, as ``resolve`` does."""
         known = self._state.view(names.name_hash(reference, name))
-        if known is not None:
+        if known is not None and self.allowance.stands(known):
             return known
         try:
             return self._find(reference, name, time.monotonic() + limits.RESOLVE_SECONDS)
@@ -303,6 +297,7 @@ class Store:
         self._sources.add(record.slot, match.reference)
         self.layers.open(record.slot)
         view = self._state.add_view(reference, name, match.dialect, record.slot, info)
+        self.allowance.found(view)
         _log.info(
             "event=lookup-resolved reference=%s layer=%s dialect=%s form=%s slot=%d",
             reference or "-", name, match.dialect.value, record.form.value, record.slot,
@@ -471,6 +466,7 @@ class Store:
     def close(self) -> None:
         """Stop fetching, write what is not written yet, close the files."""
         self.housekeeper.close()
+        self.allowance.close()
         self._resolvers.close()
         self._loaders.close()
         self._outages.close()

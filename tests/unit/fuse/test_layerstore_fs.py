@@ -17,7 +17,7 @@ from lab import tars
 from layerstore import limits
 from layerstore.fuse import DEFERRED, layerstore_fs, wire
 from layerstore.fuse.layerstore_fs import StoreFilesystem
-from layerstore.provider import names
+from layerstore.provider import DialectL, Needs, Policy, names
 
 
 class FakeRequest:
@@ -187,6 +187,45 @@ def test_known_things_are_cached_for_ever_and_unknown_references_not(call, pushe
     assert call.entry(diff, b"etc")[1][2] == wire.FOREVER
     _, known = call.entry(1, pushed[0])
     assert 0 < known[2] <= limits.CONTROL_VALID_SECONDS
+
+
+def test_names_that_a_policy_may_take_back_are_not_kept_by_the_kernel(call, pushed, asker):
+    reference, digest, toc = pushed
+    for name, most in ((toc, wire.FOREVER), (digest, 1)):
+        layer = call.node(reference, name)
+        for child in (b"diff", b"info", b"blob"):
+            _, fields = call.entry(layer, child)
+            assert fields[2] == most
+            assert fields[3] == wire.FOREVER  # what it stands for does not change
+
+
+def test_a_layer_that_the_policy_refuses_is_gone_and_stays_for_those_who_use_it(
+    call, pushed, asker, filesystem
+):
+    reference, digest, toc = pushed
+    node = call.node(reference, digest, b"diff")
+    call("create", call.node(reference, digest), b"use", 0, 0)
+    asker.options = {
+        "background": False,
+        "policy": Policy(dialect_l=DialectL.OFF),
+        "needs": lambda: Needs(known=True),
+    }
+    asker.restart()
+    today = StoreFilesystem(asker.store)
+    try:
+        call = Caller(today)
+        layer = call.node(reference, digest)
+        found, fields = call.entry(layer, b"diff")
+        assert found == node
+        assert fields[2] == 0  # the next lookup may be that of somebody else
+        assert call("rmdir", call.node(reference), digest) == errno.ENOENT
+        for child in (b"diff", b"info", b"blob"):
+            assert call("lookup", layer, child) == errno.ENOENT
+        # what is open goes on
+        assert call.node(reference, toc, b"diff", b"etc")
+        assert call.entry(node, b"tool")[0]
+    finally:
+        today.close()
 
 
 def test_directories_differ_between_views_and_files_do_not(call, pushed):

@@ -11,9 +11,9 @@ import pytest
 from lab import simimages
 from lab.waiting import until
 from layerstore.errors import VerificationError
-from layerstore.image import Digest
 from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, ESTARGZ_UNCOMPRESSED_SIZE
 from layerstore.provider import DialectL, Ordinary, Policy, Refusal, View
+from layerstore.provider.names import name_hash
 
 FILES = [{"bin/sh": b"honest" * 3000, "etc/a": b"a"}]
 EVIL = [{"bin/sh": b"evil!!" * 3000, "etc/a": b"a"}]
@@ -128,7 +128,7 @@ def test_an_honest_digest_with_the_attackers_toc(asker, publisher, registry, dia
     complete_or_doubt(asker, view)
     assert state_of(asker, view) == "quarantined"
     for one in (good.digest, evil.toc_digest):
-        known = asker.store.known(ref(registry, "evil"), Digest(one))
+        known = asker.store.view(name_hash(ref(registry, "evil"), one))
         result = known if known is not None else asker.lookup(ref(registry, "evil"), one)
         if isinstance(result, View):
             assert asker.store.quarantined(result)
