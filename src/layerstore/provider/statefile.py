@@ -128,6 +128,7 @@ class Backup:
     def _copy(self) -> None:
         fresh = self._path.with_name(self._path.name + ".new")
         fresh.unlink(missing_ok=True)
+        fresh.touch(mode=0o600)  # the directory may be one that everybody can read
         target = sqlite3.connect(fresh)
         try:
             self._state.copy_to(target)
