@@ -125,3 +125,13 @@ def test_the_state_is_for_its_owner_alone(asker, publisher, registry):
     modes = {path.name: path.stat().st_mode & 0o777 for path in asker.root.glob("state.sqlite*")}
     assert {"state.sqlite", "state.sqlite.copy"} <= modes.keys()
     assert set(modes.values()) == {0o600}
+
+
+def test_a_file_in_the_place_of_the_layers_is_named(asker, stopped):
+    (asker.root / "layers").rename(asker.root / "elsewhere")
+    (asker.root / "layers").write_bytes(b"")
+    with pytest.raises(StorageError, match="layers: cannot be read: Not a directory"):
+        asker.open()
+    (asker.root / "layers").unlink()
+    (asker.root / "elsewhere").rename(asker.root / "layers")
+    asker.open()
