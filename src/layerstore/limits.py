@@ -187,6 +187,7 @@ SERVER_STOP_SECONDS: Final = 10.0  # an old one has let go of its state by then,
 SERVER_LOCK_SECONDS: Final = 5.0  # a new one waits so long for the state
 SERVER_STEADY_SECONDS: Final = 1.0  # one that served so long did not die at once
 SERVER_SILENT_SECONDS: Final = 30.0  # one whose loops do not come round for so long is replaced
+SERVER_SILENT_MIN_SECONDS: Final = 1.0
 SERVER_SILENT_MAX_SECONDS: Final = 3600.0
 SPARE_SECONDS: Final = 2.0  # after a start the next server is made ready
 SPARE_RETRY_SECONDS: Final = 30.0  # if one that waits was killed

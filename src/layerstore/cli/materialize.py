@@ -51,6 +51,7 @@ def materialize(
     with listener(quiet=quiet or json) as shown:
         for image in images:
             report += _localize(image, shown, errors)
+            errors += image.errors
     if json:
         print_json(report)
     elif not quiet:

@@ -8,7 +8,6 @@ of a partial object is forgotten.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,24 +42,14 @@ def stored_files(root: Path) -> Iterator[StoredFile]:
 
 
 def forget_wrong_chunks(objects: ObjectStore, layer: LayerMap, content: FileContent) -> int:
-    """Verify what is there of a partial object; how many chunks were wrong.  Raises StorageError."""
+    """Verify what is there of a partial object; how many chunks were wrong.
+
+    Raises StorageError, OSError where the disk gives no bytes.
+    """
     partial = objects.partial(
         content.key, content.size, content.chunk_count, content.digest, create=False
     )
-    wrong = 0
-    for number in range(content.chunk_count if partial is not None else 0):
-        chunk = layer.chunk(content.first_chunk + number)
-        assert partial is not None
-        if not partial.present[number]:
-            continue
-        data = partial.file.read(chunk.file_offset, chunk.size)
-        if chunk.hole:
-            right = len(data) == chunk.size and not any(data)
-            if not right:  # a hole is in no member that could bring it again
-                partial.clear(chunk.file_offset, chunk.size)
-        else:
-            right = hashlib.sha256(data).digest() == chunk.digest
-            if not right:
-                partial.present.unset(number)
-        wrong += not right
-    return wrong
+    if partial is None:
+        return 0
+    first = content.first_chunk
+    return partial.forget_wrong(map(layer.chunk, range(first, first + content.chunk_count)))

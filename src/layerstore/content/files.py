@@ -57,6 +57,16 @@ def open_to_fill(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it at ``offset``; raises OSError."""
+    written = os.pwrite(fd, data, offset)
+    if written == len(data):
+        return
+    view = memoryview(data)
+    while written < len(view):
+        written += os.pwrite(fd, view[written:], offset + written)
+
+
 class OpenFile:
     """A file descriptor that closes itself when its last user lets go of it."""
 

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterator
 
 from layerstore import limits
 from layerstore.content.layermap import Chunk, FileContent, LayerMap
-from layerstore.content.objects import ObjectStore, PartialObject
+from layerstore.content.objects import ObjectStore
+from layerstore.content.partial import PartialObject
 from layerstore.content.scheduler import Priority, Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
 from layerstore.errors import InvalidLayer, StorageError, VerificationError
@@ -130,9 +131,8 @@ class Ingester:
         last = partial.write(number - content.first_chunk, chunk.file_offset, payload)
         digest = content.digest
         if last and digest:
-            key = content.key
             self._scheduler.submit(
-                Priority.PREFETCH, lambda: self._complete_object(key, partial, digest)
+                Priority.PREFETCH, lambda: self._complete_object(content, partial, digest)
             )
 
     def partial(self, content: FileContent) -> PartialObject | None:
@@ -150,12 +150,16 @@ class Ingester:
             partial.fresh = False
         return partial
 
-    def _complete_object(self, key: bytes, partial: PartialObject, digest: bytes) -> None:
+    def _complete_object(self, content: FileContent, partial: PartialObject, digest: bytes) -> None:
         """Check a large file as a whole, once all its chunks are there."""
+        first = content.first_chunk
+        chunks = map(self._map.chunk, range(first, first + content.chunk_count))
         try:
-            self._objects.complete(key, partial, digest)
+            if not self._objects.complete(content.key, partial, digest, chunks):
+                # readers have the rest brought anew
+                _log.warning("event=object-damaged object=%s", content.key.hex())
         except VerificationError as error:
-            self._contradictory[key] = error
+            self._contradictory[content.key] = error
             self._totals.failed_units += 1
             self._stats.failed_units += 1
             _log.error("event=file-refused layer=%s error=%s", self._name, error)

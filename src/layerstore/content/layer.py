@@ -21,8 +21,9 @@ from layerstore.content.fetcher import Done, Fetcher
 from layerstore.content.files import OpenFile
 from layerstore.content.ingest import Ingester
 from layerstore.content.layermap import FileContent, LayerMap
-from layerstore.content.objects import ObjectStore, PartialObject
+from layerstore.content.objects import ObjectStore
 from layerstore.content.outages import Outages
+from layerstore.content.partial import PartialObject
 from layerstore.content.refused import RefusedUnits
 from layerstore.content.scheduler import Scheduler
 from layerstore.content.stats import ContentStats, LayerStats
@@ -144,6 +145,8 @@ class LayerContent:
         units: dict[int, list[int]] = {}
         for number in self._missing_chunks(entry, content, partial, offset, size):
             chunk = self._map.chunk(number)
+            if chunk.hole:
+                continue
             shelved = self._shelf.get(chunk.digest)
             if shelved is None:
                 units.setdefault(chunk.member + 1, []).append(number)
@@ -242,7 +245,7 @@ class LayerContent:
         if partial is None and not wait:
             return None
         partial = partial or self._partial(content)
-        missing = self._missing_chunks(entry, content, partial, offset, size)
+        missing = self._missing_chunks(entry, content, partial, offset, size, wait=wait)
         if partial is not None and not missing:
             return partial.file
         # it may have become whole meanwhile
@@ -270,14 +273,26 @@ class LayerContent:
         partial: PartialObject | None,
         offset: int,
         size: int,
+        *,
+        wait: bool = True,
     ) -> list[int]:
-        """Chunk numbers of the range that are not in the partial object."""
+        """Chunk numbers of the range that are not in the partial object.
+
+        Not to ``wait``: or have to be verified first.  A hole is among them where it is no hole
+        in the partial object, and cannot be made one.
+        """
         missing = []
         for number in self._map.chunks_between(entry, offset, offset + size):
-            if self._map.chunk(number).hole:
-                continue
-            self._touch(number)
-            if partial is None or not partial.present[number - content.first_chunk]:
+            chunk, place = self._map.chunk(number), number - content.first_chunk
+            if not chunk.hole:
+                self._touch(number)
+            if partial is None:
+                here = chunk.hole
+            elif wait:
+                here = partial.has(place, chunk)
+            else:
+                here = partial.trusts(place)
+            if not here:
                 missing.append(number)
         return missing
 
@@ -333,8 +348,9 @@ class LayerContent:
         absent: dict[int, list[int]] = {}
         partial = None if content.plain else self._partial(content)
         for number in self._missing_chunks(entry, content, partial, offset, size):
-            unit = self._map.chunk(number).member + 1
-            if not self._blob.present[unit]:
+            chunk = self._map.chunk(number)
+            unit = chunk.member + 1
+            if not chunk.hole and not self._blob.present[unit]:
                 absent.setdefault(unit, []).append(number)
         return absent
 

@@ -22,16 +22,17 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
 from layerstore import limits
-from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
-from layerstore.content.files import OpenFile, OpenFiles, open_cached, open_to_fill
+from layerstore.content.files import OpenFile, OpenFiles, open_cached, write_all
+from layerstore.content.layermap import Chunk
 from layerstore.content.ledger import Ledger
 from layerstore.content.measure import StoredObject
+from layerstore.content.partial import PartialObject
 from layerstore.content.room import Room
 from layerstore.content.shelf import Shelf
 from layerstore.content.underway import Underway
@@ -42,42 +43,6 @@ _log = logging.getLogger(__name__)
 _HASH_PIECE = 1 * limits.MIB
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _VERIFYING = 16  # locks that keep several readers from verifying one object
-
-
-class PartialObject:
-    """A file of ``chunks`` chunks that is being filled."""
-
-    def __init__(self, path: Path, size: int, chunks: int, disk: Disk, room: Room) -> None:
-        self.path = path
-        self._disk = disk
-        self._room = room
-        self.map_path = path.with_name(path.name + ".map")
-        fd = open_to_fill(path)
-        self.file = OpenFile(fd)
-        if os.fstat(fd).st_size != size:
-            self.map_path.unlink(missing_ok=True)  # first: no bit may outlive its bytes
-            os.ftruncate(fd, size)
-        self.present = Bitmap(self.map_path, chunks, disk)
-        self.fresh = self.present.missing == chunks
-        """Nothing is in it yet; whoever fills it says when that is not so any more."""
-
-    def write(self, number: int, offset: int, data: bytes | memoryview) -> bool:
-        """Store a verified chunk; True if it was the last one missing.
-
-        Raises StorageError, DiskFull when the disk takes nothing.
-        """
-        self._disk.check()
-        self._room.charge(len(data))
-        try:
-            _write_all(self.file.fd, data, offset)
-        except OSError as error:
-            raise self._disk.failed(error, "cannot write", self.path) from error
-        return self.present.set(number) and self.present.full
-
-    def clear(self, offset: int, size: int) -> None:
-        """Make zeros of a range."""
-        for start in range(offset, offset + size, _HASH_PIECE):
-            _write_all(self.file.fd, bytes(min(_HASH_PIECE, offset + size - start)), start)
 
 
 class ObjectWriter:
@@ -114,7 +79,7 @@ class ObjectWriter:
         """The next bytes."""
         self._charge(len(data))
         try:
-            _write_all(self._fd, data, self._size)
+            write_all(self._fd, data, self._size)
         except OSError as error:
             raise self._disk.failed(error, "cannot store", self._temporary) from error
         self._size += len(data)
@@ -307,7 +272,7 @@ class ObjectStore:
         """Write the file that was just made, or remove it; closes it in any case."""
         try:
             self.room.charge(len(data), ahead=ahead)
-            _write_all(fd, data, 0)
+            write_all(fd, data, 0)
             self.ledger.stamp(fd)
         except BaseException:
             _unlink_quietly(path)
@@ -371,15 +336,23 @@ class ObjectStore:
                 self._partials.popitem(last=False)
             return found
 
-    def complete(self, key: bytes, partial: PartialObject, digest: bytes) -> None:
+    def complete(
+        self, key: bytes, partial: PartialObject, digest: bytes, chunks: Iterable[Chunk]
+    ) -> bool:
         """Turn a partial object with all its chunks into the object ``digest``.
 
-        Raises VerificationError if the whole does not hash to ``digest``: chunk
-        list and file digest of the TOC contradict each other.  The partial
-        object is forgotten then.
+        If the whole does not hash to that, all its ``chunks`` are verified again: False if some
+        changed on the disk, and have to be brought anew.  Raises VerificationError if none did:
+        chunk list and file digest of the TOC contradict each other.  The partial object is
+        forgotten then.
         """
         try:
             found = _sha256(partial.file.fd)
+            if found != digest:
+                partial.forget_wrong(chunks)
+                if not partial.present.full:
+                    return False
+                found = _sha256(partial.file.fd)  # they are right now
             matches = found == digest
             if matches:
                 self.ledger.stamp(partial.file.fd)
@@ -397,7 +370,7 @@ class ObjectStore:
                         partial.path.unlink(missing_ok=True)
                 # else it was evicted, and is on its way anew
             except FileNotFoundError:
-                return  # it was evicted, or another layer with the same file was faster
+                return True  # it was evicted, or another layer with the same file was faster
             except OSError as error:
                 raise self.disk.failed(error, "cannot publish", partial.path) from error
         if not matches:
@@ -406,6 +379,7 @@ class ObjectStore:
                 subject="file",
                 advice="the table of contents of the layer contradicts itself",
             )
+        return True
 
     def discard(self, digest: bytes) -> None:
         """Remove an object that turned out to be damaged."""
@@ -468,15 +442,6 @@ def _is_intact(fd: int, digest: bytes) -> bool:
         return _sha256(fd) == digest
     except OSError:
         return False
-
-
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    written = os.pwrite(fd, data, offset)
-    if written == len(data):
-        return
-    view = memoryview(data)
-    while written < len(view):
-        written += os.pwrite(fd, view[written:], offset + written)
 
 
 def _unlink_quietly(path: str) -> None:

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from layerstore import limits
-from layerstore.errors import LayerstoreError, ServiceError, UnknownObject
+from layerstore.content import Room
+from layerstore.errors import LayerstoreError, NoRoom, ServiceError, UnknownObject
 from layerstore.formats.announced import announced
 from layerstore.image import Descriptor, Digest, Platform, Reference
 from layerstore.provider.images import Images
@@ -33,6 +34,7 @@ from layerstore.provider.state import LayerRecord, State
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+_MORE_ROOM = "raise disk.limit, or pin the image, which is never evicted"
 
 
 @dataclasses.dataclass(slots=True)
@@ -75,6 +77,7 @@ class Fetches:
         ingests: Ingests,
         sources: Sources,
         indexes: Indexes,
+        room: Room,
     ) -> None:
         self._state = state
         self._images = images
@@ -83,6 +86,7 @@ class Fetches:
         self._ingests = ingests
         self._sources = sources
         self._indexes = indexes
+        self._room = room
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
 
@@ -219,7 +223,9 @@ class Fetches:
         self._layers.touch(record.slot)
         if job.keep:
             self._state.kept.keep_layer(job.keep, record.slot)
+        began = time.time()
         if not self._state.is_complete(record.slot):
+            self._require_room(job, record.size)
             content = self._layers.open(record.slot).content
             layer.fetched = lambda: content.stored_bytes
             arrived = threading.Event()
@@ -240,7 +246,17 @@ class Fetches:
         if now is not None and now.quarantine:
             raise Refusal(QUARANTINED, f"the layer is in quarantine: {now.quarantine}")
         if now is None or not now.verified:
+            if self._state.evicted(record.slot) >= began:
+                raise NoRoom("it was evicted before it was checked", advice=_MORE_ROOM)
             raise ServiceError("the layer could not be checked, see the service's log")
+
+    def _require_room(self, job: _Job, size: int) -> None:
+        """Raises NoRoom for a layer that would be evicted as soon as it is here, if not before."""
+        high = self._room.allowed.high_bytes
+        if high is not None and size > high and not job.keep:
+            raise NoRoom(
+                f"it has {size} bytes, and above {high} bytes the store evicts", advice=_MORE_ROOM
+            )
 
     def _fetch_ordinary(
         self,
@@ -255,6 +271,7 @@ class Fetches:
         if known is not None:
             self._complete(job, layer, reference, known)
             return
+        self._require_room(job, descriptor.size)
         ingest = self._ingests.start(reference, descriptor, diff_id, urgent=True)
         layer.fetched = lambda: ingest.fetched
         try:

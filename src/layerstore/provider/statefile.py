@@ -71,10 +71,22 @@ def open_state(root: Path) -> State:
             replacements.pop(0)()
         except OSError as error:
             raise StorageError(f"cannot replace: {error.strerror}", subject=str(path)) from error
-    layers = root / "layers"
-    names = os.listdir(layers) if layers.exists() else []
-    state.reserve_slots(max((int(name) for name in names if name.isdigit()), default=0))
+    try:
+        state.reserve_slots(_last_slot(root / "layers"))
+    except StorageError:
+        state.close()
+        raise
     return state
+
+
+def _last_slot(layers: Path) -> int:
+    try:
+        names = os.listdir(layers)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", subject=str(layers)) from error
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _is_damage(cause: BaseException | None) -> bool:
@@ -128,6 +140,7 @@ class Backup:
     def _copy(self) -> None:
         fresh = self._path.with_name(self._path.name + ".new")
         fresh.unlink(missing_ok=True)
+        fresh.touch(mode=0o600)  # the directory may be one that everybody can read
         target = sqlite3.connect(fresh)
         try:
             self._state.copy_to(target)

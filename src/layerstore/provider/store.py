@@ -109,7 +109,7 @@ class Store:
         )
         self.fetches = Fetches(
             self._state, self._images, self._loader, self.layers, self.ingests,
-            self._sources, self.indexes,
+            self._sources, self.indexes, self._room,
         )  # fmt: skip
         self.checks = Checks(Place(root, self._state, self._objects, self._loader, self.layers))
         self.housekeeper = Housekeeper(

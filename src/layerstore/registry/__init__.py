@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Mirror,
         RegistriesConf,
         Registry,
+        is_prefix,
         match_prefix,
     )
     from layerstore.registry.settings import RegistrySettings
@@ -39,6 +40,7 @@ __all__ = [
     "RegistryClient",
     "RegistrySettings",
     "Stats",
+    "is_prefix",
     "match_prefix",
 ]
 
@@ -56,6 +58,7 @@ _HOMES: Final = {
     "RegistryClient": "client",
     "RegistrySettings": "settings",
     "Stats": "stats",
+    "is_prefix": "registriesconf",
     "match_prefix": "registriesconf",
 }
 if not TYPE_CHECKING:  # else every name would be one to mypy

@@ -187,6 +187,21 @@ def match_prefix(prefix: str, text: str) -> int | None:
     return None
 
 
+def is_prefix(text: str) -> bool:
+    """Whether there are references that `match_prefix` would match with it."""
+    if text.startswith("*."):
+        host, path = f"any{text[1:]}", ""
+        if not {"/", ":", "@"}.isdisjoint(text):
+            return False
+    else:
+        host, _, path = text.partition("/")
+    try:
+        reference = Reference.parse(text if path else f"{host}/any")
+    except InvalidReference:
+        return False
+    return reference.domain == host and (bool(path) or "/" not in text)
+
+
 def load(
     main: Path | None, dropins: Iterable[Path] = (), *, required: bool = False
 ) -> RegistriesConf:

@@ -6,10 +6,13 @@ with a typing mistake would silently do nothing.
 
 from __future__ import annotations
 
+import enum
+import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -17,9 +20,11 @@ from layerstore import limits
 from layerstore.content import DiskRoom
 from layerstore.errors import ConfigError
 from layerstore.provider import DialectL, Ordinary, Outage, Policy
+from layerstore.registry import is_prefix
 from layerstore.service.places import DEFAULT_PATH, DEFAULT_ROOT
 
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_ANY_PREFIX: Final = re.compile(r"(`\$\.(ordinary|outage)\.prefixes\[\.\.\.\]`)")
 _UNITS: Final = {"": 1, **{unit: 1024**power for power, unit in enumerate("kmgt", 1)}}
 
 
@@ -154,19 +159,53 @@ def load(path: Path | None) -> Config:
         config = msgspec.convert(document, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(
-            str(error), subject=str(path), advice="see docs/configuration.md"
+            _with_prefix(str(error), document),
+            subject=str(path),
+            advice="see docs/configuration.md",
         ) from error
+    try:
+        _check(config)
+        _ = config.policy
+    except ConfigError as error:
+        error.subject = str(path)
+        raise
+    return config
+
+
+def _with_prefix(error: str, document: Mapping[str, Any]) -> str:
+    """A decoder's message with the key that it leaves out of a table of prefixes."""
+    found = _ANY_PREFIX.search(error)
+    if found is None:
+        return error
+    wrong, right = found.groups()
+    known: type[enum.StrEnum] = {"ordinary": Ordinary, "outage": Outage}[right]
+    for prefix, value in document[right]["prefixes"].items():
+        if value not in tuple(known):
+            return error.replace(wrong, f"`{right}.prefixes.{json.dumps(prefix)}`")
+    return error
+
+
+def _check(config: Config) -> None:
+    """What types cannot tell.  Raises ConfigError."""
     for key, value in (
         ("root", config.root),
         ("registry.authfile", config.registry.authfile),
         ("registry.registries_conf", config.registry.registries_conf),
         *(("repair.graph_roots", root) for root in config.repair.graph_roots or ()),
     ):
-        if value is not None and not value.startswith("/"):
-            raise ConfigError(f"{key} must be an absolute path", subject=str(path))
-    try:
-        _ = config.policy
-    except ConfigError as error:
-        error.subject = str(path)
-        raise
-    return config
+        if value is not None and (not value.startswith("/") or "\0" in value):
+            raise ConfigError(f"{key} must be an absolute path")
+    if 0 < config.silent_seconds < limits.SERVER_SILENT_MIN_SECONDS:
+        raise ConfigError(
+            f"silent_seconds: at least {limits.SERVER_SILENT_MIN_SECONDS:g}, or 0 for never"
+        )
+    for table, prefixes in (
+        ("ordinary", config.ordinary.prefixes),
+        ("outage", config.outage.prefixes),
+    ):
+        for prefix in prefixes:
+            if not is_prefix(prefix):
+                raise ConfigError(
+                    f"{table}.prefixes: no reference begins with {prefix!r}",
+                    advice="a prefix is a registry's host, host/repository or *.domain",
+                )

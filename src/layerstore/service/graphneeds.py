@@ -2,18 +2,26 @@
 
 The links are the files ``additionallayer`` of their layers, of the additional image stores
 beside them, too, and of other graph roots as long as something of theirs is mounted; mounted is
-what an overlay mount of this machine stands on.  A graph root that is not there needs nothing;
-one of the configuration that cannot be read makes everything count as needed.
+what an overlay mount of this machine stands on.  The graph root of ``storage.conf`` needs nothing
+where it is not there; one that the configuration names must be there: its disk may not be mounted
+yet.  One of the configuration that cannot be read makes everything count as needed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from layerstore.errors import ConfigError, InvalidDigest, InvalidReference, LayerstoreError
+from layerstore.errors import (
+    ConfigError,
+    InvalidDigest,
+    InvalidReference,
+    LayerstoreError,
+    StorageError,
+)
 from layerstore.graphroot.storageconf import StorageConfig
 from layerstore.provider import LookAtNeeds, Needs, names
 from layerstore.service.config import Config
@@ -35,12 +43,33 @@ def graph_roots(config: Config) -> tuple[Path, ...]:
         return ()
 
 
+def require_named(config: Config) -> None:
+    """Raises StorageError if a graph root that the configuration names is not there."""
+    for root in _named(config):
+        _require(root)
+
+
+def _named(config: Config) -> frozenset[Path]:
+    return frozenset(map(Path, config.repair.graph_roots or ()))
+
+
+def _require(root: Path) -> None:
+    try:
+        os.stat(root / "overlay")
+    except OSError as error:
+        raise StorageError(
+            f"no graph root is there: {error.strerror}",
+            subject=str(root),
+            advice="mount its disk, or correct repair.graph_roots in the service's configuration",
+        ) from error
+
+
 def needs_of(config: Config) -> LookAtNeeds:
     """Looks at the graph roots, and at what is mounted, each time it is called."""
-    return partial(_look, graph_roots(config))
+    return partial(_look, graph_roots(config), _named(config))
 
 
-def _look(roots: Sequence[Path]) -> Needs:
+def _look(roots: Sequence[Path], named: Collection[Path]) -> Needs:
     # Most services have no need of it for long: their memory is not to pay for it.
     from layerstore.graphroot.lowers import linked_layers, mounted_layers  # noqa: PLC0415
 
@@ -51,6 +80,8 @@ def _look(roots: Sequence[Path]) -> Needs:
     configured = (*roots, *_image_stores(roots))
     for root in (*configured, *(mounted.graph_roots - set(configured))):
         try:
+            if root in named:
+                _require(root)
             layers = linked_layers(root, mounted)
         except (LayerstoreError, OSError) as error:
             if root not in configured:

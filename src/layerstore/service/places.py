@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from layerstore.errors import ServiceError
+
 DEFAULT_PATH: Final = Path("/etc/layerstore/config.toml")
 DEFAULT_ROOT: Final = Path("/var/lib/layerstore")
 
@@ -13,3 +15,24 @@ SERVER_LOCK: Final = "lock"  # held by whoever uses the state: the server, `laye
 KEEPER_SOCKET: Final = "keeper.sock"
 KEEPER_LOCK: Final = "keeper.lock"
 STAND_INS: Final = "stand-ins.json"
+
+_OWN: Final = frozenset(
+    (
+        "content", "layers", "state.sqlite", "used",
+        CONTROL_SOCKET, SERVER_LOCK, KEEPER_SOCKET, KEEPER_LOCK, STAND_INS,
+    )
+)  # fmt: skip
+
+
+def keep_apart(mountpoint: Path, root: Path) -> None:
+    """Raises ServiceError if the service would find its own mount where it keeps its state.
+
+    The mount point itself is not looked at: nobody may answer there yet.
+    """
+    root, above = root.resolve(), mountpoint.parent.resolve()
+    mountpoint = above.parent if mountpoint.name == ".." else above / mountpoint.name
+    if root == Path("/"):
+        raise ServiceError("the root directory is a directory of its own, not /")
+    below = mountpoint.relative_to(root).parts if mountpoint.is_relative_to(root) else ()
+    if root.is_relative_to(mountpoint) or (below and below[0] in _OWN):
+        raise ServiceError("root directory and mount point lie in each other's way")

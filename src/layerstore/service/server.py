@@ -30,6 +30,7 @@ from layerstore.service.config import Config
 from layerstore.service.daemon import Service
 from layerstore.service.opening import registry_settings
 from layerstore.service.options import LOG_FORMAT
+from layerstore.service.places import keep_apart
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ def main() -> None:
 
 def _prepare(mountpoint: Path, root: Path, config: Config) -> None:
     """Find out what would keep us from serving, as far as the state need not be touched."""
-    if mountpoint.is_relative_to(root / "content") or root.is_relative_to(mountpoint):
-        raise ServiceError("root directory and mount point lie in each other's way")
+    keep_apart(mountpoint, root)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

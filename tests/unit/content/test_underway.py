@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from layerstore.content import ObjectStore, objects
+from layerstore.content import ObjectStore, files, objects
 from layerstore.errors import StorageError
 
 DATA = os.urandom(5000)
@@ -32,8 +32,8 @@ class Halfway:
 
     def __init__(self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self._half, self._go_on = threading.Event(), threading.Event()
-        self._real = objects._write_all
-        monkeypatch.setattr(objects, "_write_all", self._write)
+        self._real = files.write_all
+        monkeypatch.setattr(objects, "write_all", self._write)
         self._thread = threading.Thread(target=store.put, args=(DIGEST, DATA))
         self._thread.start()
         assert self._half.wait(10)
@@ -92,7 +92,7 @@ def test_a_disk_that_fails_leaves_no_half(
         os.pwrite(fd, data[:10], offset)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(objects, "_write_all", fail)
+    monkeypatch.setattr(objects, "write_all", fail)
     with pytest.raises(StorageError):
         store.put(DIGEST, DATA)
     assert not os.path.exists(store.path(DIGEST))
@@ -110,7 +110,7 @@ def half(fd, data, offset):
     os.pwrite(fd, data[:3], offset)
     os.kill(os.getpid(), signal.SIGKILL)
 
-objects._write_all = half
+objects.write_all = half
 store.put(bytes.fromhex(sys.argv[3]), b"another")
 """
 

@@ -114,3 +114,24 @@ def _fails(*_: object, **__: object) -> None:
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR
     raise error
+
+
+def test_the_state_is_for_its_owner_alone(asker, publisher, registry):
+    """Whoever made the root directory may have left it open to everybody."""
+    asker.root.chmod(0o755)
+    image = publisher.push("app", "1", FILES)
+    asker.view(f"{registry.host}/app:1", image.layers[0].toc_digest)
+    asker.close()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in asker.root.glob("state.sqlite*")}
+    assert {"state.sqlite", "state.sqlite.copy"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+
+def test_a_file_in_the_place_of_the_layers_is_named(asker, stopped):
+    (asker.root / "layers").rename(asker.root / "elsewhere")
+    (asker.root / "layers").write_bytes(b"")
+    with pytest.raises(StorageError, match="layers: cannot be read: Not a directory"):
+        asker.open()
+    (asker.root / "layers").unlink()
+    (asker.root / "elsewhere").rename(asker.root / "layers")
+    asker.open()

@@ -61,7 +61,7 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ('dialect_l = "maybe"', "dialect_l"),
         ('[ordinary]\npolicy = "always"', "policy"),
         ("[ordinary]\neager_seconds = 25", "eager_seconds"),
-        ('[ordinary.prefixes]\nx = "never"', "prefixes"),
+        ('[ordinary.prefixes]\nx = "never"', """`ordinary.prefixes."x"`"""),
         ('[outage]\npolicy = "panic"', "policy"),
         ("[outage]\nwait_seconds = 1e9", "wait_seconds"),
         ('[disk]\nlimit = "much"', "disk.limit"),
@@ -70,6 +70,19 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ('root = "relative"', "absolute"),
         ('log_level = "loud"', "log_level"),
         ("silent_seconds = -1", "silent_seconds"),
+        ("silent_seconds = 0.5", "silent_seconds: at least 1, or 0"),
+        ('root = "/x\\u0000y"', "root must be an absolute path"),
+        ('[ordinary.prefixes]\n"https://docker.io" = "off"', "ordinary.prefixes: no reference"),
+        ('[ordinary.prefixes]\n"" = "off"', "begins with ''"),
+        ('[ordinary.prefixes]\n"*.exa*mple.com" = "off"', "begins with '*.exa*mple.com'"),
+        ('[ordinary.prefixes]\n"host.example/" = "off"', "begins with 'host.example/'"),
+        ('[outage.prefixes]\n"a b" = "fail"', "outage.prefixes: no reference begins with 'a b'"),
+        ('[outage.prefixes]\n"library/app" = "fail"', "begins with 'library/app'"),
+        (
+            '[outage.prefixes]\n"a.example" = "fail"\n"b.example" = "fial"',
+            """Invalid enum value 'fial' - at `outage.prefixes."b.example"`""",
+        ),
+        ("[ordinary.prefixes]\n'b.example' = 3", """at `ordinary.prefixes."b.example"`"""),
         ("[registry]\nauthfle = '/x'", "authfle"),
         ("root = ", "TOML"),
         ('[registry]\nauthfile = "x"', "absolute"),
@@ -83,3 +96,21 @@ def test_mistakes_are_named(tmp_path: Path, text: str, says: str):
         load(path)
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "docker.io",
+        "localhost",
+        "host.example:5000",
+        "host.example/a/b",
+        "host.example/a:tag",
+        f"host.example/a@sha256:{'0' * 64}",
+        "*.example.com",
+    ],
+)
+def test_prefixes_of_references_are_taken(tmp_path: Path, prefix: str):
+    path = tmp_path / "config.toml"
+    path.write_text(f'[outage.prefixes]\n"{prefix}" = "fail"\n')
+    assert load(path).outage.prefixes == {prefix: Outage.FAIL}
