@@ -7,6 +7,7 @@ its layers in the graph root, and no record of any layer that came from a layer 
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,40 @@ def test_the_service_makes_them_again_when_a_client_lets_go(
         time.sleep(0.1)
     assert rig.service.status()["records_rebuilt"] == len(lost)
     assert "event=records-rebuilt" in rig.service.log()
+    assert rig.env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
+
+
+def test_the_service_finds_the_layers_of_image_stores_that_it_is_told_of(
+    flavour: Flavour,
+    make_rig: MakeRig,
+    make_podman_env: Callable[..., PodmanEnv],
+    push_lazy: Push,
+    small: Pushed,
+) -> None:
+    """Clients may have other ones than the service's storage.conf."""
+    rig = make_rig(flavour, config="[repair]\nenabled = false\n")
+    second = push_lazy(images.small_image(marker="second"), "lazy/second:1")
+    host = rig.image(second.name).partition("/")[0]
+    shared = make_podman_env(flavour, additional_layer_store=rig.store, registries=(host,))
+    shared.podman("pull", rig.image(second.name))
+    rig.env.configure_storage(
+        additional_layer_store=rig.store, additional_image_stores=[shared.graph_root]
+    )
+    image = rig.image(small.name)
+    rig.env.podman("pull", image)
+    (lost,) = forget_lazy_layers(rig.env)
+    additional = (rig.env.graph_root / "overlay" / lost / "additionallayer").read_text()
+    rig.service.stop()
+    roots, stores = json.dumps([str(rig.env.graph_root)]), json.dumps([str(shared.graph_root)])
+    rig.service.configure(f"[repair]\ngraph_roots = {roots}\nimage_stores = {stores}\n")
+    rig.service.start()
+    with pytest.raises(FileNotFoundError):
+        os.rmdir(additional)
+    until = time.monotonic() + 30
+    while not rig.service.status()["records_rebuilt"] and time.monotonic() < until:
+        time.sleep(0.1)
+    assert rig.service.status()["records_rebuilt"] == 1
+    assert "record-repair-failed" not in rig.service.log()
     assert rig.env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
 
 

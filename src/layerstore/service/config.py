@@ -38,11 +38,13 @@ class RegistryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RepairConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether layer records that a client forgot are made again, and in which graph roots.
 
-    ``graph_roots`` None means the one of the machine's storage.conf.
+    ``graph_roots`` None means the one of the machine's storage.conf.  ``image_stores`` are the
+    additional image stores of their Podmans; those of storage.conf are known.
     """
 
     enabled: bool = True
     graph_roots: tuple[str, ...] | None = None
+    image_stores: tuple[str, ...] = ()
 
 
 class OrdinaryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -192,6 +194,7 @@ def _check(config: Config) -> None:
         ("registry.authfile", config.registry.authfile),
         ("registry.registries_conf", config.registry.registries_conf),
         *(("repair.graph_roots", root) for root in config.repair.graph_roots or ()),
+        *(("repair.image_stores", store) for store in config.repair.image_stores),
     ):
         if value is not None and (not value.startswith("/") or "\0" in value):
             raise ConfigError(f"{key} must be an absolute path")

@@ -23,7 +23,7 @@ from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.diskuse import disk_methods
 from layerstore.service.fetching import fetch_methods
-from layerstore.service.graphneeds import graph_roots
+from layerstore.service.graphneeds import graph_roots, image_stores
 from layerstore.service.held import HeldMount
 from layerstore.service.indexing import index_methods
 from layerstore.service.opening import open_store
@@ -75,7 +75,8 @@ class Service:
     def _open(self, stack: contextlib.ExitStack) -> None:
         root, config = self._root, self._config
         store = stack.enter_context(open_store(root, config, patience=limits.SERVER_LOCK_SECONDS))
-        repair = RecordRepair(graph_roots(config) if config.repair.enabled else ())
+        roots = graph_roots(config) if config.repair.enabled else ()
+        repair = RecordRepair(roots, image_stores(config))
         stack.callback(repair.close)
         sessions = Sessions(
             self._mounts, store, released=repair.released, ended=lambda *news: self._news.put(news)

@@ -43,14 +43,19 @@ def graph_roots(config: Config) -> tuple[Path, ...]:
         return ()
 
 
+def image_stores(config: Config) -> tuple[Path, ...]:
+    """The additional image stores that the configuration adds to those of ``storage.conf``."""
+    return tuple(map(Path, config.repair.image_stores))
+
+
 def require_named(config: Config) -> None:
-    """Raises StorageError if a graph root that the configuration names is not there."""
+    """Raises StorageError if a graph root or image store that the configuration names is missing."""
     for root in _named(config):
         _require(root)
 
 
 def _named(config: Config) -> frozenset[Path]:
-    return frozenset(map(Path, config.repair.graph_roots or ()))
+    return frozenset((*map(Path, config.repair.graph_roots or ()), *image_stores(config)))
 
 
 def _require(root: Path) -> None:
@@ -60,16 +65,17 @@ def _require(root: Path) -> None:
         raise StorageError(
             f"no graph root is there: {error.strerror}",
             subject=str(root),
-            advice="mount its disk, or correct repair.graph_roots in the service's configuration",
+            advice="mount its disk, or correct repair.graph_roots or repair.image_stores"
+            " in the service's configuration",
         ) from error
 
 
 def needs_of(config: Config) -> LookAtNeeds:
     """Looks at the graph roots, and at what is mounted, each time it is called."""
-    return partial(_look, graph_roots(config), _named(config))
+    return partial(_look, graph_roots(config), image_stores(config), _named(config))
 
 
-def _look(roots: Sequence[Path], named: Collection[Path]) -> Needs:
+def _look(roots: Sequence[Path], stores: Sequence[Path], named: Collection[Path]) -> Needs:
     # Most services have no need of it for long: their memory is not to pay for it.
     from layerstore.graphroot.lowers import linked_layers, mounted_layers  # noqa: PLC0415
 
@@ -77,7 +83,7 @@ def _look(roots: Sequence[Path], named: Collection[Path]) -> Needs:
     referenced: set[int] = set()
     running: set[int] = set()
     mounted = mounted_layers()
-    configured = (*roots, *_image_stores(roots))
+    configured = tuple(dict.fromkeys((*roots, *stores, *_machines_image_stores(roots))))
     for root in (*configured, *(mounted.graph_roots - set(configured))):
         try:
             if root in named:
@@ -97,7 +103,7 @@ def _look(roots: Sequence[Path], named: Collection[Path]) -> Needs:
     return Needs(referenced, running, known)
 
 
-def _image_stores(roots: Sequence[Path]) -> tuple[Path, ...]:
+def _machines_image_stores(roots: Sequence[Path]) -> tuple[Path, ...]:
     try:
         configured = StorageConfig.from_system()
     except ConfigError:

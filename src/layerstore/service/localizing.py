@@ -11,7 +11,7 @@ from layerstore.graphroot.localize import lazy_layers
 from layerstore.graphroot.repair import needs_rebuilding
 from layerstore.graphroot.store import Store
 from layerstore.service.config import Config
-from layerstore.service.graphneeds import graph_roots, require_named
+from layerstore.service.graphneeds import graph_roots, image_stores, require_named
 from layerstore.service.recordrepair import graph_root_store
 
 
@@ -37,7 +37,7 @@ def lazy_images(config: Config, name: str = "") -> Iterator[LazyImage]:
     require_named(config)
     found = False
     for root in graph_roots(config):
-        store = graph_root_store(root)
+        store = graph_root_store(root, image_stores(config))
         if store is None:
             continue
         if not name:

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -35,12 +36,20 @@ _log = logging.getLogger(__name__)
 
 
 class RecordRepair:
-    """Watches over ``graph_roots``; ``released`` may be called from any thread, and is quick."""
+    """Watches over ``graph_roots``; ``released`` may be called from any thread, and is quick.
+
+    ``image_stores``: see ``graph_root_store``.
+    """
 
     def __init__(
-        self, graph_roots: Sequence[Path], *, quiet_seconds: float = limits.REPAIR_QUIET_SECONDS
+        self,
+        graph_roots: Sequence[Path],
+        image_stores: Sequence[Path] = (),
+        *,
+        quiet_seconds: float = limits.REPAIR_QUIET_SECONDS,
     ) -> None:
         self._roots: Final = tuple(graph_roots)
+        self._stores: Final = tuple(image_stores)
         self._quiet = quiet_seconds
         self._wanted = threading.Event()
         self._closed = threading.Event()
@@ -84,11 +93,11 @@ class RecordRepair:
         # Most services never come here: their memory is not to pay for it.
         from layerstore.graphroot import repair  # noqa: PLC0415
 
-        store = graph_root_store(root)
+        store = graph_root_store(root, self._stores)
         if store is None or not repair.needs_rebuilding(store.images(), store.layer_areas):
             return 0
         done = subprocess.run(
-            interpreter(__name__, [str(root)]),
+            interpreter(__name__, [str(root), *map(str, self._stores)]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             timeout=limits.REPAIR_RUN_SECONDS,
@@ -116,29 +125,35 @@ class RecordRepair:
         _log.warning("event=record-repair-failed subject=%s error=%s", subject, error)
 
 
-def graph_root_store(root: Path) -> Store | None:
-    """The graph root as it is; nothing is made where none is."""
+def graph_root_store(root: Path, image_stores: Sequence[Path]) -> Store | None:
+    """The graph root as it is; nothing is made where none is.
+
+    ``image_stores`` may hold layers of its images, as those of ``storage.conf`` may if the graph
+    root is that file's.
+    """
     from layerstore.graphroot.storageconf import StorageConfig  # noqa: PLC0415
     from layerstore.graphroot.store import Store  # noqa: PLC0415
 
     if not (root / "overlay-images" / "images.json").exists():
         return None
-    configured = StorageConfig.from_system()
-    if configured.graph_root == root:
-        return Store(configured)
-    # Only the run root's mount counts are missing, and records need none.
-    return Store(StorageConfig(graph_root=root, run_root=root / "layerstore" / "no-run-root"))
+    config = StorageConfig.from_system()
+    if config.graph_root != root:
+        # Only the run root's mount counts are missing, and records need none.
+        config = StorageConfig(graph_root=root, run_root=root / "layerstore" / "no-run-root")
+    stores = tuple(dict.fromkeys((*config.additional_image_stores, *image_stores)))
+    return Store(replace(config, additional_image_stores=stores))
 
 
 def main() -> None:
-    """``python -m layerstore.service.recordrepair GRAPHROOT``: one line of JSON for each image.
+    """``python -m layerstore.service.recordrepair GRAPHROOT [IMAGESTORE...]``: JSON lines.
 
-    A line is a list: image, how many records were made again, why it failed or nothing.
+    One for each image, a list: image, how many records were made again, why it failed or nothing.
     """
     from layerstore.graphroot import repair  # noqa: PLC0415
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
-    store = graph_root_store(Path(sys.argv[1]))
+    root, *image_stores = map(Path, sys.argv[1:])
+    store = graph_root_store(root, image_stores)
     if store is None:
         return
     for image in repair.needs_rebuilding(store.images(), store.layer_areas):

@@ -87,6 +87,7 @@ def test_every_documented_key_is_taken(tmp_path: Path):
         ("root = ", "TOML"),
         ('[registry]\nauthfile = "x"', "absolute"),
         ('[repair]\ngraph_roots = ["x"]', "absolute"),
+        ('[repair]\nimage_stores = ["x"]', "absolute"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, says: str):
