@@ -41,6 +41,20 @@ def test_no_layer_is_unreferenced_while_a_named_graph_root_is_away(
         assert "mount its disk, or correct repair.graph_roots" in record.message
 
 
+def test_a_layer_that_only_a_named_image_store_links_to_is_referenced(tmp_path: Path) -> None:
+    there, shared = used_root(tmp_path / "client"), used_root(tmp_path / "shared")
+    layer = shared / "overlay" / ("1" * 64)
+    layer.mkdir()
+    (layer / "additionallayer").write_text(f"/store/sha256:{'2' * 64}")
+    assert needs_of(naming(there))().referenced == set()
+    repair = RepairConfig(graph_roots=(str(there),), image_stores=(str(shared),))
+    needs = needs_of(Config(repair=repair))()
+    assert needs.known
+    assert len(needs.referenced) == 1
+    repair = RepairConfig(graph_roots=(str(there),), image_stores=(str(tmp_path / "away"),))
+    assert not needs_of(Config(repair=repair))().known
+
+
 def test_the_graph_root_of_storage_conf_need_not_be_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
