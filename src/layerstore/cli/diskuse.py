@@ -161,7 +161,9 @@ def gc(
 
 
 def pin(
-    reference: Annotated[str, Parameter(help="Image to pin; none: list the pinned ones.")] = "",
+    reference: Annotated[
+        str | None, Parameter(help="Image to pin; none: list the pinned ones.")
+    ] = None,
     /,
     *,
     platform: Annotated[
@@ -175,7 +177,7 @@ def pin(
     json: Json = False,
 ) -> None:
     """Bring all layers of an image to the service's store, and never evict them."""
-    if reference:
+    if reference is not None:
         bring(reference, platform, all_platforms, root, config, json=json, quiet=quiet, keep=True)
         return
     settings = service.load(config)

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from layerstore import service
 from layerstore.copy.progress import PullItem, PullListener, listener
 from layerstore.errors import LayerstoreError, ServiceError, UsageError
-from layerstore.image import Digest, Reference
+from layerstore.image import Digest, Platform, Reference
 from layerstore.service import DEFAULT_PATH, DEFAULT_ROOT, FetchedLayer, FetchStatus
 
 _POLL_SECONDS = 0.05
@@ -65,6 +65,8 @@ def bring(
     """Fetch an image, and pin it if it is to be kept; shows what comes of it."""
     if platform and all_platforms:
         raise UsageError("--platform and --all-platforms exclude each other")
+    for one in platform or ():
+        Platform.parse(one)  # the service would find it out as well, but not as a usage error
     settings = service.load(config)
     where = (root or Path(settings.root)).absolute()
     name = str(Reference.parse(reference.removeprefix("docker://")))

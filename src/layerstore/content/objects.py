@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -384,8 +385,12 @@ class ObjectStore:
     def discard(self, digest: bytes) -> None:
         """Remove an object that turned out to be damaged."""
         self._open.drop(digest)
+        path = self.path(digest)
         try:
-            os.unlink(self.path(digest))
+            if os.path.isdir(path):  # whoever made it; nothing could be stored in its place
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
         except FileNotFoundError:
             return
         except OSError:

@@ -14,9 +14,8 @@ import dataclasses
 import itertools
 import logging
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from layerstore.image import Digest
 from layerstore.layertree import LayerIndex
 from layerstore.provider.layers import Layers
 from layerstore.provider.loader import Loader
+from layerstore.provider.misplaced import misplaced, no_files, remove
 from layerstore.provider.state import LayerRecord, State
 
 _log = logging.getLogger(__name__)
@@ -203,6 +203,13 @@ class _Check:
             return
         self._layers += 1
         layers = self._place.layers
+        odd = list(misplaced(self._place.loader.directory(record.slot)))
+        if odd:
+            layers.reopen(record.slot)
+            self._tell_misplaced(odd)
+        if odd and not self._repair:
+            unknown.clear()  # they may be its own
+            return  # without its files nothing can be said about the rest
         damaged = list(self._wrong_files(record))
         if damaged:
             layers.reopen(record.slot)
@@ -234,6 +241,11 @@ class _Check:
                     lambda: "forgotten, to be made anew",
                 )  # fmt: skip
 
+    def _tell_misplaced(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            what = "a directory" if path.is_dir() else "no file"
+            self._tell("leftover", str(path), f"it is {what}", _remover(path))
+
     def _rebuild(self, record: LayerRecord) -> str:
         self._place.layers.rebuild(record)
         return "built anew"
@@ -255,8 +267,8 @@ class _Check:
                 bits = int.from_bytes((directory / "blob.map").read_bytes()).bit_count()
                 if bits < units:
                     yield "bitmap", f"{units - bits} pieces of a complete blob are missing"
-        except FileNotFoundError as error:
-            yield "bitmap", f"the blob is missing: {error}"
+        except OSError as error:
+            yield "bitmap", f"the blob cannot be read: {error}"
         except StorageError as error:
             yield ("checkpoints" if "checkpoints" in str(error) else "index"), str(error)
         try:
@@ -267,22 +279,35 @@ class _Check:
     # -- contents --------------------------------------------------------------------
 
     def _check_objects(self) -> None:
-        objects = self._place.objects
         for file in stored_files(self._place.root / "content"):
             self._objects += 1
             if file.digest is None:
-                self._tell("leftover", file.path, "no object has such a name", _remover(file.path))
-            elif not objects.intact(file.digest):
-                detail = "its bytes do not have the digest that is its name"
-                self._tell("object", file.digest.hex(), detail, partial(self._discard, file.digest))
+                detail = "no object has such a name"
+                self._tell("leftover", file.path, detail, _remover(Path(file.path)))
+            elif not os.path.isfile(file.path) and os.path.lexists(file.path):
+                self._tell_misplaced([Path(file.path)])
+            else:
+                self._check_object(file.digest)
             self._advance(file.size)
+
+    def _check_object(self, digest: bytes) -> None:
+        try:
+            if self._place.objects.intact(digest):
+                return
+            detail = "its bytes do not have the digest that is its name"
+        except OSError as error:
+            detail = f"it cannot be read: {error.strerror}"
+        self._tell("object", digest.hex(), detail, partial(self._discard, digest))
 
     def _discard(self, digest: bytes) -> str:
         self._place.objects.discard(digest)
         return "removed, to be made anew"
 
     def _partial_names(self) -> set[str]:
-        names = os.listdir(self._place.root / "content/partial")
+        directory = self._place.root / "content/partial"
+        odd = list(no_files(directory))
+        self._tell_misplaced(odd)
+        names = set(os.listdir(directory)) - {path.name for path in odd}
         return {name for name in names if not name.endswith(".map")}
 
     def _check_leftovers(self, partials: set[str], directories: list[Path]) -> None:
@@ -290,26 +315,24 @@ class _Check:
             path = self._place.root / "content/partial" / name
             if path.exists():
                 detail = "no known layer has such a file"
-                self._tell("leftover", str(path), detail, _remover(str(path), f"{path}.map"))
+                mend = _remover(path, path.with_name(f"{name}.map"))
+                self._tell("leftover", str(path), detail, mend)
         for directory in directories:
             if directory.name.startswith("new-") or not directory.exists():
                 continue
             if not directory.name.isdigit() or self._place.state.layer(int(directory.name)) is None:
                 detail = "no known layer has this directory"
-                self._tell("leftover", str(directory), detail, _remover(str(directory)))
+                self._tell("leftover", str(directory), detail, _remover(directory))
 
 
 def _not_now() -> str:
     return ""
 
 
-def _remover(*paths: str) -> Callable[[], str]:
-    def remove() -> str:
+def _remover(*paths: Path) -> Callable[[], str]:
+    def remove_all() -> str:
         for path in paths:
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            elif os.path.lexists(path):
-                os.unlink(path)
+            remove(path)
         return "removed"
 
-    return remove
+    return remove_all

@@ -7,6 +7,7 @@ somebody waits for have workers of their own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ from layerstore.formats.announced import Form
 from layerstore.image import Descriptor, Digest, Reference, media_types
 from layerstore.provider import memory
 from layerstore.provider.loader import Loader
+from layerstore.provider.misplaced import remove
 from layerstore.provider.ordinary import Source, ingest_layer
 from layerstore.provider.state import LayerRecord, State
 from layerstore.registry import BlobReader, RegistryClient
@@ -176,7 +178,8 @@ class Ingests:
         try:
             self._ingest(ingest, lambda offset: _File(local, offset))
         except LayerstoreError as error:
-            (self._loader.directory(record.slot) / "index").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                remove(self._loader.directory(record.slot) / "index")
             for reference in references:
                 self.start(reference, descriptor, record.diff_id, urgent=True)
             raise StorageError(
@@ -277,8 +280,7 @@ class Ingests:
             )
             target = self._loader.directory(record.slot)
             try:
-                if target.exists():  # it was damaged, or a crash came before it was remembered
-                    shutil.rmtree(target)
+                remove(target)  # it was damaged, or a crash came before it was remembered
                 os.rename(fresh, target)
             except OSError as error:
                 raise self._objects.disk.failed(error, "cannot publish", target) from error

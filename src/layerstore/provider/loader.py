@@ -43,6 +43,7 @@ from layerstore.image.annotations import ESTARGZ_TOC_DIGEST, TOC_NOTES
 from layerstore.layertree import build_index
 from layerstore.provider import memory
 from layerstore.provider.external import ExternalTocs
+from layerstore.provider.misplaced import make_way
 from layerstore.provider.refusal import BAD_TOC, NO_TOC, Refusal
 from layerstore.provider.state import LayerRecord, State
 from layerstore.registry import RegistryClient
@@ -243,7 +244,7 @@ class Loader:
         try:
             packed = (directory / "toc.zst").read_bytes()
             document = _verified_zstd(packed, descriptor, promised)
-        except (FileNotFoundError, ContentError):
+        except (OSError, ContentError):
             with (directory / "blob").open("rb") as blob:
                 blob.seek(record.toc_offset)
                 return _estargz_toc(descriptor, promised, blob.read())
@@ -294,6 +295,7 @@ class Loader:
                     tar_length=loaded.tar_length,
                 )
                 target = self.directory(record.slot)
+                make_way(target)
                 if target.exists():
                     for name in ("toc.zst", "end", "index"):
                         os.replace(fresh / name, target / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
@@ -68,8 +69,7 @@ class ControlServer:
         try:
             with connection:
                 connection.settimeout(limits.CONTROL_SECONDS)
-                answer = msgspec.json.encode(self._answer(connection), enc_hook=str)
-                connection.sendall(answer + b"\n")
+                connection.sendall(_encoded(self._answer(connection)) + b"\n")
         except OSError as error:
             _log.debug("control connection broke: %s", error)
         finally:
@@ -91,6 +91,23 @@ class ControlServer:
         except Exception as error:
             _log.exception("control request failed")
             return {"error": f"the request failed: {error}"}
+
+
+def _encoded(answer: Mapping[str, object]) -> bytes:
+    try:
+        return msgspec.json.encode(answer, enc_hook=str)
+    except UnicodeEncodeError:  # the name of a file or directory that is no UTF-8
+        return msgspec.json.encode(_readable(msgspec.to_builtins(answer, enc_hook=str)))
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, str):
+        return os.fsencode(value).decode(errors="replace")
+    if isinstance(value, dict):
+        return {_readable(key): _readable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(one) for one in value]
+    return value
 
 
 def request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
@@ -291,6 +292,82 @@ def test_a_repair_needs_no_registry_where_the_blob_is_here(cache: Cache, registr
             assert cache.read(view, name) == data
     assert cache.kinds() == set()
     assert fault.hits == 0
+
+
+def replaced(path: Path, how: str) -> None:
+    """A person, or a broken file system, has put something else in the place of a file."""
+    if path.is_dir():
+        path.rename(path.with_name(f"new-{path.name}"))
+    else:
+        path.unlink(missing_ok=True)
+    if how == "directory":
+        path.mkdir()
+        (path / "in it").write_bytes(b"x")
+    elif how == "file":
+        path.write_bytes(b"x")
+    else:
+        path.symlink_to("nowhere")
+
+
+PLACES = {
+    "object": "directory link",
+    "layers": "file link",
+    "index": "directory link",
+    "toc.zst": "directory",
+    "blob": "directory link",
+    "blob.map": "directory",
+    "checkpoints": "directory",
+}
+
+
+def in_its_place(cache: Cache, place: str) -> tuple[View, Path]:
+    if place == "object":
+        digest = hashlib.sha256(WHOLE["b"]).hexdigest()
+        return cache.whole, cache.asker.root / "content/objects" / digest[:2] / digest[2:]
+    view = cache.plain if place == "checkpoints" else cache.whole
+    directory = cache.directory(view)
+    return view, directory if place == "layers" else directory / place
+
+
+@pytest.mark.parametrize(
+    ("place", "how"), [(place, how) for place, all_how in PLACES.items() for how in all_how.split()]
+)
+def test_what_stands_in_the_place_of_a_file_is_removed(cache: Cache, place: str, how: str):
+    _, path = in_its_place(cache, place)
+    cache.asker.close()
+    replaced(path, how)
+    cache.asker.open()
+    told = cache.check()["findings"]
+    assert [(one["kind"], one["subject"]) for one in told] == [("leftover", str(path))]
+    done = cache.check(repair=True)["findings"]
+    assert all(one["repaired"] for one in done), done
+    assert done[0]["repaired"] == "removed"
+    cache.all_of(cache.whole)
+    cache.everything_reads_right()
+    assert cache.check()["findings"] == []
+    assert not cache.asker.store._objects.disk.full
+
+
+@pytest.mark.parametrize("place", ["object", "layers", "index", "toc.zst", "checkpoints"])
+def test_layers_are_read_whatever_stands_in_the_place_of_their_files(cache: Cache, place: str):
+    view, path = in_its_place(cache, place)
+    cache.asker.close()
+    replaced(path, "file" if place == "layers" else "directory")
+    cache.asker.open()
+    for name, data in (WHOLE if view is cache.whole else PLAIN).items():
+        assert cache.read(view, name) == data
+    assert not cache.asker.store._objects.disk.full
+
+
+def test_an_object_that_the_disk_does_not_give_does_not_end_the_check(cache: Cache, monkeypatch):
+    def fail(digest: bytes) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    count = len(list(cache.asker.root.glob("content/objects/*/*")))
+    monkeypatch.setattr(cache.asker.store._objects, "intact", fail)
+    found = cache.check()["findings"]
+    assert [one["kind"] for one in found] == ["object"] * count
+    assert found[0]["detail"] == "it cannot be read: Input/output error"
 
 
 def test_leftovers_are_found_and_removed(cache: Cache):

@@ -33,7 +33,14 @@ def root(tmp_path: Path) -> Iterator[Path]:
     def echo(asked: Mapping[str, object]) -> dict[str, object]:
         return dict(asked)
 
-    methods = {"status": status, "fail": fail, "echo": echo, "refuse": refuse}
+    def odd(_: Mapping[str, object]) -> dict[str, object]:
+        return {
+            "path": Path(os.fsdecode(b"/srv/\xff")),
+            "more": [{os.fsdecode(b"\xfe"): 1}],
+            "n": 2,
+        }
+
+    methods = {"status": status, "fail": fail, "echo": echo, "refuse": refuse, "odd": odd}
     server = ControlServer(deep, methods)
     yield deep
     server.close()
@@ -53,6 +60,10 @@ def raw(root: Path, data: bytes) -> bytes:
         while piece := client.recv(65536):
             answer += piece
         return answer
+
+
+def test_names_that_are_no_utf8_are_told_as_well_as_they_can(root: Path):
+    assert service.request(root, "odd") == {"path": "/srv/\ufffd", "more": [{"\ufffd": 1}], "n": 2}
 
 
 def test_a_request_is_answered(root: Path):
