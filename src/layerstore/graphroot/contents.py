@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import IO, BinaryIO, Final
 
 from layerstore import limits
 from layerstore.errors import (
@@ -49,6 +49,7 @@ _TOLD: Final = 3  # differences of one layer
 _MISSED: Final = 10_000  # contents of one layer that are looked into
 _CLOCK_NS: Final = 2 * 10**9  # by which the times of a file system may lag behind ours
 _SPARSE: Final = b"GNU.sparse."
+_NOT_AS_SPARSE: Final = "it has a sparse file, which is not kept as in the archive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,13 @@ class _Check:
         began = time.time_ns() - _CLOCK_NS
         self._expected.mkdir(mode=0o755)
         try:
-            with Extractor(self._expected, self._options) as extractor:
-                stream = _Stream(extractor, self._expected, self._diff_id.algorithm)
+            with (
+                Extractor(self._expected, self._options) as extractor,
+                tempfile.SpooledTemporaryFile(
+                    max_size=limits.MIB, dir=str(self._expected.parent)
+                ) as raw,
+            ):
+                stream = _Stream(extractor, self._expected, raw, self._diff_id.algorithm)
                 self._read(stream)
                 extractor.finish()
             changed = stream.missed()
@@ -132,6 +138,7 @@ class _Check:
                 self._layer.diff_path,
                 made_after_ns=began,
                 contents=False,
+                whole=stream.whole,
                 roots=roots,
                 optional=stream.optional,
                 fewer_attributes=True,
@@ -167,17 +174,22 @@ class _Stream:
     Each entry is read by itself, so that one that is not for us costs no other.
     """
 
-    def __init__(self, extractor: Extractor, expected: Path, algorithm: str) -> None:
+    def __init__(
+        self, extractor: Extractor, expected: Path, raw: IO[bytes], algorithm: str
+    ) -> None:
         self.odd = ""  # why the archive may not come back
         self.refused = False  # whether the extraction is not all that others have made
         self.misses: list[_Miss] = []
+        self.whole: set[int] = set()  # see tree_differences
         self.optional: dict[int, dict[bytes, bytes]] = {}  # see tree_differences
         self._optional_bytes = 0
         self._extractor = extractor
         self._expected = expected
         self._algorithm = algorithm
         self._hash = hashlib.new(algorithm)
-        self._raw = bytearray()  # since the last entry
+        # since the last entry: headers, and what we keep of sparse files
+        self._raw = raw
+        self._padding: int | None = 0  # of the last entry, if it could be read
         self._unread: ContentError | None = None
         self._number = 0
 
@@ -189,8 +201,12 @@ class _Stream:
     def segment(self, data: bytes) -> None:
         """Raw bytes of the stream."""
         self._hash.update(data)
-        if len(self._raw) <= limits.TAR_EXTENDED_HEADER_BYTES + limits.MIB:
-            self._raw += data
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            raise StorageError(
+                f"cannot be written: {error}", subject=tempfile.gettempdir()
+            ) from error
 
     def file(self, line: SplitFile, open_file: Callable[[bytes], BinaryIO]) -> None:
         """An entry.  Raises OSError if its content cannot be read, StorageError."""
@@ -203,24 +219,66 @@ class _Stream:
             miss = _Miss(line.name, self._number, error)
             if len(self.misses) < _MISSED:
                 self.misses.append(miss)
-        # Headers are blocks, so what is over belongs to the content before them.
-        headers = bytes(self._raw[len(self._raw) % tarstream.BLOCK :])
-        if _SPARSE in headers:
-            self.odd = self.odd or "it has a sparse file, which is not kept as in the archive"
-        entry: TarEntry | None
-        try:
-            entry = _entry(headers)
-            self._unread = None
-        except ContentError as error:
-            self._unread = error
-            if not line.size:
-                # Go makes an entry of a PAX global header, which belongs to what follows.
-                return
-            self._refuse(error)
-            entry = _stand_in(headers, line.name)
-        self._raw.clear()
-        if entry is not None:
+        entry, read = self._entry(line)
+        if entry is None and not line.size:
+            # Go makes an entry of a PAX global header, which belongs to what follows.
+            return
+        if entry is not None and entry.sparse is not None and line.size:
+            # Podman notes a sparse file as it is read, not as it is in the archive.
+            self.odd = self.odd or _NOT_AS_SPARSE
+            entry = replace(entry, sparse=None)
+        if entry is None:
+            assert self._unread is not None
+            self._refuse(self._unread)
+            entry = self._stand_in(line.name)
+        if entry is not None and entry.sparse is not None:
+            self._make_whole(entry, read)
+        elif entry is not None:
             self._apply(entry, miss)
+        self._raw.seek(0)
+        self._raw.truncate()
+
+    def _entry(self, line: SplitFile) -> tuple[TarEntry | None, Callable[[int], bytes]]:
+        """The entry that the raw bytes begin, and what gives its payload if they hold it."""
+        size = self._raw.tell()
+        # Headers are blocks, so what is over belongs to the content before them.
+        self._raw.seek(size % tarstream.BLOCK if self._padding is None else self._padding)
+        reader = TarReader(self._raw, sparse=True)
+        try:
+            entry = reader.next()
+            if entry is None:
+                raise InvalidLayer("an entry has no header")
+            self._unread, self._padding = None, entry.padding
+        except ContentError as error:
+            entry, self._unread = None, error
+            if line.size:
+                self._padding = None
+                self._raw.seek(0)
+                if _SPARSE in self._raw.read(limits.TAR_EXTENDED_HEADER_BYTES):
+                    self.odd = self.odd or _NOT_AS_SPARSE
+            self._raw.seek(size)
+        return entry, reader.read
+
+    def _stand_in(self, name: bytes) -> TarEntry | None:
+        """An entry in the place of one that only others can read; its last block is its own."""
+        self._raw.seek(max(0, self._raw.tell() - tarstream.BLOCK))
+        try:
+            entry = TarReader(self._raw).next()
+        except ContentError:
+            return None
+        return None if entry is None else replace(entry, name=name)
+
+    def _make_whole(self, entry: TarEntry, read: Callable[[int], bytes]) -> None:
+        """Make a sparse file of ours, whose content is in the tar-split itself."""
+        try:
+            self._extractor.apply(entry, read)
+        except ContentError as error:
+            self._refuse(error)
+            return
+        with Beneath(self._expected) as tree:
+            made = tree.stat(clean(entry.name))
+        if made is not None:
+            self.whole.add(made.st_ino)
 
     def end(self) -> None:
         """The archive is at its end."""
@@ -284,21 +342,6 @@ class _Stream:
     def _refuse(self, error: LayerstoreError) -> None:
         self.refused = True
         self.odd = self.odd or str(error)
-
-
-def _entry(headers: bytes) -> TarEntry:
-    entry = TarReader(BytesIO(headers)).next()
-    if entry is None:
-        raise InvalidLayer("an entry has no header")
-    return entry
-
-
-def _stand_in(headers: bytes, name: bytes) -> TarEntry | None:
-    """An entry in the place of one that only others can read; its last block is its own."""
-    try:
-        return replace(_entry(headers[-tarstream.BLOCK :]), name=name)
-    except ContentError:
-        return None
 
 
 def _has(tree: Beneath, miss: _Miss) -> bool:

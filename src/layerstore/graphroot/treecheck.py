@@ -17,7 +17,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -182,6 +182,7 @@ def tree_differences(
     *,
     made_after_ns: int,
     contents: bool = True,
+    whole: Container[int] = (),
     roots: bool = True,
     optional: Mapping[int, Mapping[bytes, bytes]] | None = None,
     fewer_attributes: bool = False,
@@ -190,7 +191,7 @@ def tree_differences(
 
     What is newer than ``made_after_ns`` in ``expected`` has no time of its own: whiteouts,
     and directories that were made because something lies in them.  Without ``contents`` the
-    sizes of files do not count; without ``roots`` the two directories themselves may differ.
+    sizes of files do not count, but for those whose inodes in ``expected`` are ``whole``; without ``roots`` the two directories themselves may differ.
     ``optional`` are attributes, by inode of ``expected``, that may be there with this value or not.
     With ``fewer_attributes`` those may be missing that the file system of ``actual`` has not.
     Raises ``StorageError``.
@@ -206,7 +207,8 @@ def tree_differences(
             elif wanted is None and found is not None:
                 yield f"{shown(found.path)} does not belong there"
             elif wanted is not None and found is not None:
-                compared = wanted if contents else replace(wanted, size=found.size)
+                is_whole = contents or wanted.inode in whole
+                compared = wanted if is_whole else replace(wanted, size=found.size)
                 if wanted.inode in optional:
                     compared = _with_optional(compared, found, optional[wanted.inode])
                 if compared.xattrs != found.xattrs:
@@ -220,7 +222,7 @@ def tree_differences(
                 if difference is None and not timeless and not same_time:
                     difference = "has another time of modification"
                 if (
-                    contents
+                    is_whole
                     and difference is None
                     and stat.S_ISREG(wanted.mode)
                     and left.digest(wanted.path) != right.digest(found.path)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -240,3 +241,33 @@ def test_attributes_that_the_archive_does_not_have_are_damage(
     ((kind, detail),) = found(store)
     assert kind is Kind.LAYER_CHANGED
     assert detail.startswith(f"/{path} ")
+
+
+@pytest.mark.parametrize("version", ["0.0", "0.1", "1.0"])
+@pytest.mark.parametrize("data", [5, 3 << 20])  # the second is kept on disk meanwhile
+def test_sparse_files_of_ours_are_read_as_well(
+    store: Store, tmp_path: Path, version: str, data: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("first", "second"):
+        with (source / name).open("wb") as file:
+            file.seek(1 << 20)
+            file.write(name.encode() * data)
+            file.truncate(30 << 20)
+    (source / "third").write_bytes(b"plain\n")
+    command = ["tar", "--format=pax", "-S", f"--sparse-version={version}", "-C", str(source)]
+    tar = subprocess.run(
+        [*command, "-cf", "-", "first", "second", "third"], check=True, capture_output=True
+    ).stdout
+    diff = graphroot.put_image(store, [tar], NAME).layers()[0].diff_path
+    assert found(store) == []
+    (diff / "third").chmod(0o600)
+    ((kind, detail),) = found(store)
+    assert (kind, detail) == (Kind.LAYER_CHANGED, "/third has the mode 0600, not 0644")
+    times = (diff / "second").stat()
+    with (diff / "second").open("r+b") as file:
+        file.write(b"x")
+    os.utime(diff / "second", ns=(times.st_atime_ns, times.st_mtime_ns))
+    ((kind, detail),) = found(store)
+    assert detail.startswith("/second has other contents; /third ")
