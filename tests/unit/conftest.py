@@ -11,6 +11,7 @@ import pytest
 
 from lab.simimages import Publisher
 from lab.simregistry import SimRegistry
+from lab.waiting import until
 from layerstore.image import Digest
 from layerstore.provider import Refusal, Store, View
 from layerstore.registry import RegistryClient, RegistrySettings
@@ -25,6 +26,8 @@ class Asker:
         self.registry = registry
         self.options: dict[str, Any] = {"background": False}
         self.store = self.open()
+        # before the first mark nothing is trusted: what a lookup fetched is fetched again
+        until((root / "content" / "synced").exists)
 
     def open(self) -> Store:
         settings = RegistrySettings(
