@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def verb(registry: SimRegistry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def verb(
+    registry: SimRegistry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
     """``verb(*arguments)``, with a configuration of its own: exit status, output, errors."""
     registries = tmp_path / "registries.conf"
     registries.write_text(f'[[registry]]\nlocation = "{registry.host}"\ninsecure = true\n')
@@ -32,4 +35,8 @@ def verb(registry: SimRegistry, tmp_path: Path, capsys: pytest.CaptureFixture[st
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    return call
+    log = logging.getLogger("layerstore")
+    level = log.level
+    log.setLevel(logging.NOTSET)  # `--debug serve` of another test would leave it at DEBUG
+    yield call
+    log.setLevel(level)
