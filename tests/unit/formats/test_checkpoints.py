@@ -115,7 +115,7 @@ def test_what_gzip_itself_writes(tmp_path: Path):
     reread(packed, PLAIN, reader, tmp_path / "checkpoints")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, 90_000), st.integers(0, 9)), min_size=1, max_size=4),
     st.integers(1, 100_000),

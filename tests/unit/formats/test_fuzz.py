@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.fuzz import Target, targets
@@ -46,10 +46,7 @@ def test_what_is_broken_was_whole(target: Target):
 def test_what_is_broken_is_refused_or_taken(target: Target, bounded: None):
     seen = set()
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, database=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )  # fmt: skip
+    @settings(max_examples=EXAMPLES, database=None)
     @given(st.integers(0, (1 << 64) - 1))
     def run(seed: int) -> None:
         data = target.input(seed)

@@ -395,7 +395,7 @@ def test_holes_of_any_length_and_place() -> None:
     assert cut(bytes(100_000)) == [(100_000, True)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(["noise", "zeros", "same"]), st.integers(1, 60_000))),
     st.integers(1, 100_000),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerstore.errors import MountError, StorageError, VerificationError
@@ -193,11 +193,7 @@ _bodies = st.one_of(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60)
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, 70), _bodies, st.integers(1, 9), st.booleans()), max_size=12

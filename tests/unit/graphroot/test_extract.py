@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import sparse, tars, trees, xattrs
@@ -449,7 +449,7 @@ def members_of(sandbox: Path) -> st.SearchStrategy[list[Member]]:
 
 
 @root_only
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150)
 @given(data=st.data())
 def test_nothing_outside_is_ever_touched(sandbox: Path, data: st.DataObject) -> None:
     layer = sandbox / "layer"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from layerstore.errors import CorruptStorage, InvalidLayer
@@ -51,7 +51,6 @@ def test_the_check_value_of_the_algorithm() -> None:
     assert crc64(b"") == 0
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=600), st.binary(max_size=600))
 def test_the_crc_is_the_slow_one_and_goes_on(first: bytes, second: bytes) -> None:
     assert crc64(first) == crc64_bitwise(first)
@@ -115,7 +114,6 @@ def test_names_that_only_look_alike_are_two() -> None:
         writer.file(name, 0, 0)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(

@@ -45,7 +45,7 @@ def write(entries: Any, path: Path) -> LayerIndex:
 NAMES = st.binary(min_size=1, max_size=12).filter(lambda name: name not in (b".", b".."))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sets(
         st.one_of(NAMES, NAMES.map(lambda name: b"python3-" + name)).map(

@@ -200,7 +200,7 @@ def compare(model: Model, entries: list[TocEntry]) -> None:
     assert index_snapshot(LayerIndex.from_bytes(out.getvalue())) == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(entry_lists())
 def test_the_index_is_what_the_model_is(candidates: list[tuple[Path, TocEntry]]) -> None:
     # An entry that the model refuses is left out and the layer goes on, so that long
@@ -221,7 +221,7 @@ def test_the_index_is_what_the_model_is(candidates: list[tuple[Path, TocEntry]])
     compare(model, [entry for _, entry in accepted])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(entry_lists())
 def test_both_refuse_the_same(candidates: list[tuple[Path, TocEntry]]) -> None:
     model = Model()
