@@ -19,6 +19,7 @@ import pytest
 from lab.fdstore import FdStore
 from lab.sleepy import SleepyStore
 from lab.waiting import until
+from layerstore.errors import NoServiceError
 from layerstore.fuse import find_mount
 
 MakeStore = Callable[..., SleepyStore]
@@ -142,6 +143,62 @@ def test_new_code_and_configuration_under_a_reader(make_store: MakeStore) -> Non
     until(lambda: store.service.log().count("event=keeper-renewed") == 2)
     assert store.service.stop() == 0
     assert find_mount(store.service.mountpoint) is None
+
+
+def test_a_changed_file_means_nothing_before_the_reload(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    good = store.registries_conf.read_text()
+    store.registries_conf.write_text("no TOML")
+    store.configure('log_level = "debug"\nnonsense = 1\n')
+    for name in store.names[:3]:
+        until(lambda: len(children(store.service.keeper_pid)) == 2)  # the next one waits
+        os.kill(store.service.pid, signal.SIGKILL)
+        assert store.reads(name)
+    assert "restart-delayed" not in store.service.log()
+    assert "spare-failed" not in store.service.log()
+    assert reload(store).returncode == 1
+    store.configure('log_level = "debug"\n')
+    refused = reload(store)
+    assert refused.returncode == 1
+    assert "registries.conf" in refused.stderr
+    assert " DEBUG " not in store.service.log()
+    # what a reload found good is in force, also for the keeper that comes with it
+    store.registries_conf.write_text(good)
+    assert reload(store).returncode == 0
+    until(lambda: "event=keeper-renewed" in store.service.log())
+    store.configure("nonsense = 1\n")
+    for name in store.names[3:6]:
+        until(lambda: len(children(store.service.keeper_pid)) == 2)
+        os.kill(store.service.pid, signal.SIGKILL)
+        assert store.reads(name)
+    assert "spare-failed" not in store.service.log()
+    assert " DEBUG " in store.service.log()
+
+
+def test_why_no_server_serves_is_told(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    database = store.service.root / "state.sqlite"
+    until(lambda: len(children(store.service.keeper_pid)) == 2)
+    server = store.service.pid
+    for pid in children(store.service.keeper_pid):
+        if pid != server:
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: "event=spare-failed" in store.service.log())
+    os.kill(server, signal.SIGSTOP)
+    kept = database.with_name("kept")
+    database.rename(kept)
+    database.mkdir()
+    os.kill(server, signal.SIGKILL)
+    until(lambda: "event=restart-delayed" in store.service.log())
+    began = time.monotonic()
+    with pytest.raises(NoServiceError, match=r"none of its servers serves \(.*state.*\)"):
+        store.status()
+    assert time.monotonic() - began < 15
+    database.rmdir()
+    kept.rename(database)
+    assert store.reads(store.names[0])
 
 
 def test_a_stop_leaves_a_plain_directory_and_serves_who_reads(make_store: MakeStore) -> None:

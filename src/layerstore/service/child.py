@@ -20,6 +20,7 @@ from typing import Any, Final, Self
 from layerstore import limits
 from layerstore.errors import ServiceError
 from layerstore.service import messages, systemd
+from layerstore.service.inforce import MEMORY_FD, InForce
 
 MODULE: Final = "layerstore.service.server"
 LINK_FD: Final = 3  # the server's end of its socket
@@ -32,7 +33,7 @@ class Stage(enum.Enum):
     PREPARED = "prepared"
     STARTING = "starting"  # told to serve
     SERVING = "serving"
-    RETIRING = "retiring"  # told to stop
+    RETIRING = "retiring"  # told to stop, or not needed any more
 
 
 class Leave(enum.StrEnum):
@@ -58,6 +59,7 @@ class Child:
     pid: int
     link: socket.socket
     stage: Stage = Stage.PREPARING
+    in_force: InForce | None = None  # the settings that it goes by
     deadline: float | None = None  # by time.monotonic(): it is killed then
     served_since: float | None = None
     silent_seconds: float = 0.0  # so long it may give no sign of life; 0: it is not asked for any
@@ -68,8 +70,8 @@ class Child:
     silent: bool = False  # its end of the socket is closed
 
     @classmethod
-    def start(cls, arguments: Sequence[str]) -> Self:
-        """Start a server.  ServiceError."""
+    def start(cls, arguments: Sequence[str], in_force: InForce) -> Self:
+        """Start a server with the settings that are to be in force.  ServiceError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = interpreter(MODULE, ["--keeper", str(os.getpid()), *arguments])
@@ -77,8 +79,11 @@ class Child:
                 pid = os.posix_spawn(
                     command[0],
                     command,
-                    systemd.without_ours(os.environ),
-                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), LINK_FD)],
+                    in_force.named(systemd.without_ours(os.environ)),
+                    file_actions=[  # in this order: the second one is never LINK_FD
+                        (os.POSIX_SPAWN_DUP2, theirs.fileno(), LINK_FD),
+                        (os.POSIX_SPAWN_DUP2, in_force.fd, MEMORY_FD),
+                    ],
                     setsigmask=(),
                     setpgroup=0,  # what a terminal sends is the keeper's to obey
                 )
@@ -86,7 +91,8 @@ class Child:
                 ours.close()
                 raise ServiceError(f"no server can be started: {error.strerror}") from error
         ours.setblocking(False)
-        return cls(pid, ours, deadline=time.monotonic() + limits.SERVER_PREPARE_SECONDS)
+        deadline = time.monotonic() + limits.SERVER_PREPARE_SECONDS
+        return cls(pid, ours, in_force=in_force, deadline=deadline)
 
     def serve(self, order: Mapping[str, object], fds: Sequence[int]) -> None:
         """Tell it to serve.  One that is gone already is met by `reap`."""
@@ -130,6 +136,11 @@ class Child:
             messages.send(self.link, message, fds)
         except OSError:
             self.kill()
+
+    def dismiss(self) -> None:
+        """End one that waits and is not needed any more."""
+        self.stage = Stage.RETIRING
+        self.kill()
 
     def kill(self) -> None:
         """End it by force."""

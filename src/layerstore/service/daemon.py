@@ -19,7 +19,6 @@ from layerstore.provider import limit_arenas, unsized
 from layerstore.service import standins
 from layerstore.service.checking import check_methods
 from layerstore.service.child import Leave
-from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.diskuse import disk_methods
 from layerstore.service.fetching import fetch_methods
@@ -29,6 +28,7 @@ from layerstore.service.indexing import index_methods
 from layerstore.service.opening import open_store
 from layerstore.service.recordrepair import RecordRepair
 from layerstore.service.sessions import Sessions
+from layerstore.service.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,11 @@ class Service:
     """
 
     def __init__(
-        self, mounts: Sequence[HeldMount], root: Path, config: Config, keeper: Mapping[str, Any]
+        self,
+        mounts: Sequence[HeldMount],
+        root: Path,
+        settings: Settings,
+        keeper: Mapping[str, Any],
     ) -> None:
         self._mounts = mounts
         self._root = root
@@ -53,7 +57,7 @@ class Service:
         self._news: queue.SimpleQueue[tuple[HeldMount, Exception | None] | None]
         self._news = queue.SimpleQueue()
         self._stack = contextlib.ExitStack()
-        self._config = config
+        self._settings = settings
         self._leave = Leave.CLEAN
 
     def __enter__(self) -> Service:
@@ -73,8 +77,15 @@ class Service:
             self._store.let_go(sync=self._leave is Leave.SYNCED)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        root, config = self._root, self._config
-        store = stack.enter_context(open_store(root, config, patience=limits.SERVER_LOCK_SECONDS))
+        root, config = self._root, self._settings.config
+        store = stack.enter_context(
+            open_store(
+                root,
+                config,
+                patience=limits.SERVER_LOCK_SECONDS,
+                registry=self._settings.registry,
+            )
+        )
         repair = RecordRepair(graph_roots(config) if config.repair.enabled else ())
         stack.callback(repair.close)
         sessions = Sessions(

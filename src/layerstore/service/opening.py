@@ -14,22 +14,28 @@ import msgspec
 from layerstore import limits
 from layerstore.errors import ServiceError, StorageError
 from layerstore.provider import Ordinary, Store
-from layerstore.registry import RegistryClient, RegistrySettings
+from layerstore.registry import RegistriesConf, RegistryClient, RegistrySettings
 from layerstore.service.config import Config, OrdinaryConfig
 from layerstore.service.graphneeds import needs_of
 from layerstore.service.places import SERVER_LOCK
 
 
 @contextlib.contextmanager
-def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator[Store]:
+def open_store(
+    root: Path,
+    config: Config,
+    *,
+    patience: float = 0.0,
+    registry: RegistrySettings | None = None,
+) -> Iterator[Store]:
     """The store below ``root``, for this process alone.
 
-    Raises ServiceError if a service uses it, and still does after ``patience`` seconds,
+    ``registry`` is what `registry_settings` said before, if it was asked.  Raises ServiceError if a service uses it, and still does after ``patience`` seconds,
     StorageError and ConfigError.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(root, patience))
-        client = RegistryClient(registry_settings(config))
+        client = RegistryClient(registry or registry_settings(config))
         stack.callback(client.close)
         store = Store(
             root,
@@ -43,11 +49,15 @@ def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator
         yield store
 
 
-def registry_settings(config: Config) -> RegistrySettings:
-    """Where registries are and how to speak to them.  Raises ConfigError."""
+def registry_settings(config: Config, registries: RegistriesConf | None = None) -> RegistrySettings:
+    """Where registries are and how to speak to them.  Raises ConfigError.
+
+    ``registries`` is what registries.conf said before; else it is read.
+    """
     return RegistrySettings.from_system(
         auth_file=_path(config.registry.authfile),
         registries_conf=_path(config.registry.registries_conf),
+        registries=registries,
     )
 
 
