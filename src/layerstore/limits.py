@@ -178,6 +178,7 @@ KEEPER_MOUNTS: Final = 80  # held by one keeper: the mount, and detached ones wi
 KEEPER_CLIENTS: Final = 16  # connections to its socket
 KEEPER_TRIAL_SECONDS: Final = 20.0  # one trial run of its new code, while it does nothing else
 SERVER_PREPARE_SECONDS: Final = 60.0  # a new server has imported and checked everything by then
+SERVER_START_SECONDS: Final = 300.0  # and has opened its state, be the disk ever so slow
 SERVER_STOP_SECONDS: Final = 10.0  # an old one has let go of its state by then, or is killed
 SERVER_LOCK_SECONDS: Final = 5.0  # a new one waits so long for the state
 SERVER_STEADY_SECONDS: Final = 1.0  # one that served so long did not die at once

@@ -95,6 +95,38 @@ def test_a_server_that_hangs_is_replaced(make_store: MakeStore) -> None:
     assert f"event=server-killed pid={hanging} stage=serving" in store.service.log()
 
 
+def test_a_server_that_hangs_before_it_serves_is_replaced(make_store: MakeStore) -> None:
+    store = make_store()
+    store.configure("silent_seconds = 2\n")
+    assert reload(store).returncode == 0
+    until(lambda: "event=keeper-renewed" in store.service.log())
+    store.look_up()
+    keeper = store.service.keeper_pid
+
+    def spare() -> int:
+        serving = store.service.pid
+        until(lambda: len(children(keeper)) == 2)
+        time.sleep(1)  # it has loaded everything
+        return next(pid for pid in children(keeper) if pid != serving)
+
+    # on its way to the mounts
+    hanging, serving = spare(), store.service.pid
+    os.kill(hanging, signal.SIGSTOP)
+    os.kill(serving, signal.SIGKILL)
+    assert store.reads(store.names[0])
+    log = store.service.log()
+    assert f"event=server-killed pid={hanging} stage=" in log
+    assert store.status()["keeper"]["last_cause"] == "SIGKILL: no sign of life for 2 s"
+    # and while it waits
+    hanging, serving = spare(), store.service.pid
+    time.sleep(4)
+    assert hanging in children(keeper)  # to wait is no hanging
+    os.kill(hanging, signal.SIGSTOP)
+    until(lambda: f"event=server-killed pid={hanging} stage=prepared" in store.service.log())
+    assert "event=spare-failed error=no sign of life for 2 s" in store.service.log()
+    assert store.service.pid == serving
+
+
 def test_servers_that_die_at_once_are_started_ever_more_slowly(make_store: MakeStore) -> None:
     store = make_store()
     store.look_up()

@@ -9,6 +9,7 @@ import os
 import queue
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,9 @@ class Service:
         self._stack = contextlib.ExitStack()
         self._settings = settings
         self._leave = Leave.CLEAN
+        self._telling = threading.Lock()
+        self._opened = False
+        self._heard_early: dict[str, Any] = {}
 
     def __enter__(self) -> Service:
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -67,6 +71,10 @@ class Service:
         with contextlib.ExitStack() as stack:
             self._open(stack)
             self._stack = stack.pop_all()
+        with self._telling:
+            self._opened = True
+        if self._heard_early:
+            self.keeper_says(self._heard_early)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,14 +138,24 @@ class Service:
         )  # fmt: skip
 
     def keeper_says(self, news: Mapping[str, Any]) -> None:
-        """What has changed with the keeper."""
+        """What has changed with the keeper; also before the state is open."""
+        with self._telling:
+            if not self._opened:
+                self._heard_early.update(news)
+                return
         self._keeper.update(news)
         if news.get("draining"):
             self.leave_stand_ins()
 
     def sign_of_life(self, alive: Callable[[], None]) -> None:
-        """Call ``alive``, from some thread, as soon as all mounts are seen to be served."""
-        self._sessions.sign_of_life(alive)
+        """Call ``alive``, from some thread, as soon as all mounts are seen to be served.
+
+        At once while the state is being opened: a disk may take its time.
+        """
+        if self._opened:
+            self._sessions.sign_of_life(alive)
+        else:
+            alive()
 
     def leave_stand_ins(self) -> None:
         """Where the store is not mounted any more: see `standins`."""

@@ -169,9 +169,7 @@ class Keeper:
     def _listen_to(self, child: Child) -> None:
         for message in child.said():
             if "prepared" in message and child.stage is Stage.PREPARING:
-                child.stage, child.deadline = Stage.PREPARED, None
-                child.prepared = message["prepared"]
-                child.silent_seconds = float(child.prepared["silent_seconds"])
+                child.is_prepared(message["prepared"])
             elif "failed" in message:
                 child.failure = str(message["failed"])
                 child.failure_status = int(message.get("status", 1))
@@ -461,9 +459,8 @@ class Keeper:
     # -- time ------------------------------------------------------------------------
 
     def _wait_seconds(self) -> float | None:
-        due = [self.start_at, self.next_sign]
-        due += [at for child in self._children() for at in (child.deadline, child.next_sign)]
-        times = [each for each in due if each is not None]
+        times = [each for each in (self.start_at, self.next_sign) if each is not None]
+        times += [at for child in self._children() for at in child.due]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _timers(self) -> None:

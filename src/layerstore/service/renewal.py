@@ -117,6 +117,7 @@ def read(memory: int, root: Path | None) -> State:
             in_force=in_force,
             served_since=facts["served_since"],
             silent_seconds=facts["silent_seconds"],
+            signs=True,
         )
         server.gave_sign()
         server.link.setblocking(False)

@@ -56,7 +56,7 @@ def main() -> None:
         root = (given.root or Path(config.root)).absolute()
         _prepare(given.mountpoint, root)
         facts = {"root": str(root), "log_level": level, "silent_seconds": config.silent_seconds}
-        messages.send(link, {"prepared": facts})
+        messages.send(link, {"prepared": {**facts, "signs": True}})
         status = _wait_and_serve(link, root, settings)
     except LayerstoreError as error:
         with contextlib.suppress(OSError):
@@ -79,14 +79,19 @@ def _prepare(mountpoint: Path, root: Path) -> None:
 
 def _wait_and_serve(link: socket.socket, root: Path, settings: Settings) -> int:
     received = messages.receive(link)
+    while received is not None and "sign" in received[0]:
+        _give_sign(link)
+        received = messages.receive(link)
     if received is None or "serve" not in received[0]:
         return 0
     order: dict[str, Any] = received[0]["serve"]
     mounts = held.unpack(order["mounts"], received[1])
     left = len(mounts)
-    with Service(mounts, root, settings, order["keeper"]) as service:
+    service = Service(mounts, root, settings, order["keeper"])
+    # it is listened to from here on: to open the state may take long
+    threading.Thread(target=_listen, args=(link, service), name="keeper", daemon=True).start()
+    with service:
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
-        threading.Thread(target=_listen, args=(link, service), name="keeper", daemon=True).start()
         messages.send(link, {"serving": True})
         while left:
             mount = service.next_end()
