@@ -289,10 +289,11 @@ class Keeper:
             if not expected:
                 self.restarts.died(why, child.served_since)
                 _log.error("event=server-died pid=%d cause=%s", child.pid, why)
-            if self.reloading and self.candidate is None:
-                self._reloaded({"error": f"the new server ended ({why}), and is started again"})
             ready = [one for one in (self.candidate, self.spare) if one is not None]
             prepared = [one for one in ready if one.stage is Stage.PREPARED]
+            if self.reloading and self.candidate is None:
+                then = "one that waited goes on as before" if prepared else "is started again"
+                self._reloaded({"error": f"the new server ended ({why}), and {then}"})
             if prepared:
                 self._promote(prepared[0])
             elif not ready:

@@ -26,6 +26,7 @@ from layerstore.errors import LayerstoreError, ServiceError, StorageError, exit_
 from layerstore.service import held, inforce, messages
 from layerstore.service.child import LINK_FD, Leave
 from layerstore.service.daemon import Service
+from layerstore.service.opening import check_root
 from layerstore.service.options import LOG_FORMAT
 from layerstore.service.settings import Settings, load
 
@@ -68,13 +69,14 @@ def main() -> None:
 
 
 def _prepare(mountpoint: Path, root: Path) -> None:
-    """Find out what would keep us from serving, as far as the state need not be touched."""
+    """Find out what would keep us from serving, as far as another server may have the state."""
     if mountpoint.is_relative_to(root / "content") or root.is_relative_to(mountpoint):
         raise ServiceError("root directory and mount point lie in each other's way")
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
+    check_root(root)
 
 
 def _wait_and_serve(link: socket.socket, root: Path, settings: Settings) -> int:
