@@ -189,7 +189,7 @@ SPARE_RETRY_SECONDS: Final = 30.0  # if one that waits was killed
 RESTART_FIRST_SECONDS: Final = 0.1  # before the second start in a row that failed, doubled up to
 RESTART_MAX_SECONDS: Final = 10.0
 HANDOVER_SECONDS: Final = 30.0  # verbs wait so long for a service that changes its server
-TROUBLE_SECONDS: Final = 3.0  # and so long for one whose servers come to nothing
+TROUBLE_SECONDS: Final = 10.0  # and so long for one whose servers come to nothing, time and again
 
 # -- graph root ------------------------------------------------------------------
 LAYER_ENTRIES: Final = 4_000_000  # entries of one layer's tar archive
