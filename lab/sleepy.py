@@ -44,14 +44,16 @@ class SleepyStore:
         self._sums: Final = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         self.names: Final = list(files)
         self._image: Final = Publisher(self._registry).push("sleepy/image", "1", [files])
-        conf = directory / "registries.conf"
-        conf.write_text(f'[[registry]]\nlocation = "{self._registry.host}"\ninsecure = true\n')
+        self.registries_conf: Final = directory / "registries.conf"
+        self.registries_conf.write_text(
+            f'[[registry]]\nlocation = "{self._registry.host}"\ninsecure = true\n'
+        )
         self._reference: Final = f"{self._registry.host}/sleepy/image:1"
         self.service: Final = LayerstoreService(
             directory,
             environment={
                 **os.environ,
-                "CONTAINERS_REGISTRIES_CONF": str(conf),
+                "CONTAINERS_REGISTRIES_CONF": str(self.registries_conf),
                 **(variables or {}),
             },
             config=_QUIET,
@@ -117,8 +119,15 @@ class SleepyStore:
 
     def reads(self, name: str) -> bool:
         """Whether a file can be read, and is right."""
-        data = (self.layer / name).read_bytes()
-        return hashlib.sha256(data).hexdigest() == self._sums[name]
+        command = ["sha256sum", str(self.layer / name)]
+        # another process, which can be given up
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            return self.is_right(name, process)
+        finally:
+            process.kill()
 
     def error_of(self, process: subprocess.Popen[str]) -> str:
         """Wait for a reader that fails: what it said."""

@@ -60,6 +60,15 @@ class SmallDisk:
             subprocess.run(["umount", "--lazy", str(place)], check=False, capture_output=True)
         self._image.unlink(missing_ok=True)
 
+    def fail(self) -> None:
+        """An error of the file system: the kernel makes it read only, whoever has files open.
+
+        For ext4 only.
+        """
+        _run("mount", "-o", "remount,errors=remount-ro", self.directory)
+        device = Path(f"/sys/dev/block/{_numbers(self.directory)}").resolve().name
+        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("a test")
+
     def repair(self) -> None:
         """Unmount it, have its file system checked, and mount it again."""
         _run("umount", self.directory)
@@ -94,3 +103,8 @@ class SmallDisk:
 
 def _run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
+
+
+def _numbers(directory: Path) -> str:
+    device = directory.stat().st_dev
+    return f"{os.major(device)}:{os.minor(device)}"

@@ -183,6 +183,7 @@ KEEPER_MOUNTS: Final = 80  # held by one keeper: the mount, and detached ones wi
 KEEPER_CLIENTS: Final = 16  # connections to its socket
 KEEPER_TRIAL_SECONDS: Final = 20.0  # one trial run of its new code, while it does nothing else
 SERVER_PREPARE_SECONDS: Final = 60.0  # a new server has imported and checked everything by then
+SERVER_START_SECONDS: Final = 300.0  # and has opened its state, be the disk ever so slow
 SERVER_STOP_SECONDS: Final = 10.0  # an old one has let go of its state by then, or is killed
 SERVER_LOCK_SECONDS: Final = 5.0  # a new one waits so long for the state
 SERVER_STEADY_SECONDS: Final = 1.0  # one that served so long did not die at once
@@ -194,6 +195,7 @@ SPARE_RETRY_SECONDS: Final = 30.0  # if one that waits was killed
 RESTART_FIRST_SECONDS: Final = 0.1  # before the second start in a row that failed, doubled up to
 RESTART_MAX_SECONDS: Final = 10.0
 HANDOVER_SECONDS: Final = 30.0  # verbs wait so long for a service that changes its server
+TROUBLE_SECONDS: Final = 10.0  # and so long for one whose servers come to nothing, time and again
 
 # -- graph root ------------------------------------------------------------------
 LAYER_ENTRIES: Final = 4_000_000  # entries of one layer's tar archive

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,14 @@ from pathlib import Path
 
 import pytest
 
+import layerstore
 from lab.fdstore import FdStore
 from lab.sleepy import SleepyStore
+from lab.smalldisk import SmallDisk
 from lab.waiting import until
+from layerstore.errors import NoServiceError
 from layerstore.fuse import find_mount
+from layerstore.service import keepersocket
 
 MakeStore = Callable[..., SleepyStore]
 STOPS = 24
@@ -42,6 +47,16 @@ def children(pid: int) -> list[int]:
         return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     except FileNotFoundError:
         return []
+
+
+def next_one_waits(store: SleepyStore) -> None:
+    """Wait until a spare server is ready beside the one that serves."""
+
+    def stages() -> object:
+        with keepersocket.connect(store.service.root, 5) as link:
+            return keepersocket.ask(link, "word")[0]["stages"]
+
+    until(lambda: stages() == ["serving", "prepared"])
 
 
 def reload(store: SleepyStore) -> subprocess.CompletedProcess[str]:
@@ -94,6 +109,37 @@ def test_a_server_that_hangs_is_replaced(make_store: MakeStore) -> None:
     assert f"event=server-killed pid={hanging} stage=serving" in store.service.log()
 
 
+def test_a_server_that_hangs_before_it_serves_is_replaced(make_store: MakeStore) -> None:
+    store = make_store()
+    store.configure("silent_seconds = 2\n")
+    assert reload(store).returncode == 0
+    until(lambda: "event=keeper-renewed" in store.service.log())
+    store.look_up()
+    keeper = store.service.keeper_pid
+
+    def spare() -> int:
+        serving = store.service.pid
+        next_one_waits(store)
+        return next(pid for pid in children(keeper) if pid != serving)
+
+    # on its way to the mounts
+    hanging, serving = spare(), store.service.pid
+    os.kill(hanging, signal.SIGSTOP)
+    os.kill(serving, signal.SIGKILL)
+    assert store.reads(store.names[0])
+    log = store.service.log()
+    assert f"event=server-killed pid={hanging} stage=" in log
+    assert store.status()["keeper"]["last_cause"] == "SIGKILL: no sign of life for 2 s"
+    # and while it waits
+    hanging, serving = spare(), store.service.pid
+    time.sleep(4)
+    assert hanging in children(keeper)  # to wait is no hanging
+    os.kill(hanging, signal.SIGSTOP)
+    until(lambda: f"event=server-killed pid={hanging} stage=prepared" in store.service.log())
+    until(lambda: "event=spare-failed error=no sign of life for 2 s" in store.service.log())
+    assert store.service.pid == serving
+
+
 def test_servers_that_die_at_once_are_started_ever_more_slowly(make_store: MakeStore) -> None:
     store = make_store()
     store.look_up()
@@ -142,6 +188,115 @@ def test_new_code_and_configuration_under_a_reader(make_store: MakeStore) -> Non
     until(lambda: store.service.log().count("event=keeper-renewed") == 2)
     assert store.service.stop() == 0
     assert find_mount(store.service.mountpoint) is None
+
+
+def test_a_changed_file_means_nothing_before_the_reload(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    good = store.registries_conf.read_text()
+    store.registries_conf.write_text("no TOML")
+    store.configure('log_level = "debug"\nnonsense = 1\n')
+    for name in store.names[:3]:
+        next_one_waits(store)
+        os.kill(store.service.pid, signal.SIGKILL)
+        assert store.reads(name)
+    assert "restart-delayed" not in store.service.log()
+    assert "spare-failed" not in store.service.log()
+    assert reload(store).returncode == 1
+    store.configure('log_level = "debug"\n')
+    refused = reload(store)
+    assert refused.returncode == 1
+    assert "registries.conf" in refused.stderr
+    assert " DEBUG " not in store.service.log()
+    # what a reload found good is in force, also for the keeper that comes with it
+    store.registries_conf.write_text(good)
+    assert reload(store).returncode == 0
+    until(lambda: "event=keeper-renewed" in store.service.log())
+    store.configure("nonsense = 1\n")
+    for name in store.names[3:6]:
+        next_one_waits(store)
+        os.kill(store.service.pid, signal.SIGKILL)
+        assert store.reads(name)
+    assert "spare-failed" not in store.service.log()
+    assert " DEBUG " in store.service.log()
+
+
+def test_why_no_server_serves_is_told(make_store: MakeStore) -> None:
+    store = make_store()
+    store.look_up()
+    database = store.service.root / "state.sqlite"
+    next_one_waits(store)
+    server = store.service.pid
+    for pid in children(store.service.keeper_pid):
+        if pid != server:
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: "event=spare-failed" in store.service.log())
+    os.kill(server, signal.SIGSTOP)
+    kept = database.with_name("kept")
+    database.rename(kept)
+    database.mkdir()
+    os.kill(server, signal.SIGKILL)
+    until(lambda: "event=restart-delayed" in store.service.log())
+    began = time.monotonic()
+    with pytest.raises(NoServiceError, match=r"none of its servers serves \(.*state.*\)"):
+        store.status()
+    assert time.monotonic() - began < 20
+    database.rmdir()
+    kept.rename(database)
+    assert store.reads(store.names[0])
+
+
+def test_a_release_that_does_not_know_the_state_never_replaces_a_server(
+    make_store: MakeStore, tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    shutil.copytree(Path(layerstore.__file__).parent, code / "layerstore")
+    store = make_store(variables={"PYTHONPATH": str(code)})
+    store.look_up()
+    serving = store.service.pid
+    next_one_waits(store)
+    schema = code / "layerstore/provider/schema.py"
+    text = schema.read_text()
+    assert text.count("VERSION: Final = 3") == 1
+    schema.write_text(text.replace("VERSION: Final = 3", "VERSION: Final = 4"))
+    for _ in range(2):
+        refused = reload(store)
+        assert refused.returncode == 1
+        assert "state database has version 3, this program knows 4" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        assert store.service.pid == serving
+    # the one that waits is of the old release, and nothing else comes after it
+    os.kill(serving, signal.SIGKILL)
+    assert store.reads(store.names[0])
+    until(lambda: "event=spare-failed" in store.service.log())
+    assert reload(store).returncode == 1
+    assert store.reads(store.names[1])
+    schema.write_text(text)
+    assert reload(store).returncode == 0
+    assert store.reads(store.names[2])
+
+
+def test_no_server_makes_way_on_a_disk_that_became_read_only(
+    make_store: MakeStore, tmp_path: Path
+) -> None:
+    if not Path("/dev/loop-control").exists():
+        pytest.skip("needs loop devices")
+    with SmallDisk(tmp_path / "sleepy/state", "ext4", 64 << 20) as disk:
+        store = make_store()
+        store.look_up()
+        assert store.reads(store.names[0])
+        serving = store.service.pid
+        disk.fail()
+        refused = reload(store)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert "Read-only file system" in refused.stderr
+        assert store.service.pid == serving
+        assert store.reads(store.names[1])
+        assert store.service.stop() == 0
+        # a start says so, too
+        store.service.launch()
+        until(lambda: "see to the disk" in store.service.log())
+        assert "Traceback" not in store.service.log()
 
 
 def test_a_stop_leaves_a_plain_directory_and_serves_who_reads(make_store: MakeStore) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from layerstore.provider.policy import DialectL, Ordinary, Outage, Policy
     from layerstore.provider.refusal import Refusal
     from layerstore.provider.state import View
-    from layerstore.provider.statefile import open_state
+    from layerstore.provider.statefile import check_state, open_state
     from layerstore.provider.store import Store
     from layerstore.provider.workers import WorkerPool
 
@@ -45,6 +45,7 @@ __all__ = [
     "Verdict",
     "View",
     "WorkerPool",
+    "check_state",
     "limit_arenas",
     "open_state",
     "unsized",
@@ -72,6 +73,7 @@ _HOMES: Final = {
     "View": "state",
     "WorkerPool": "workers",
     "limit_arenas": "memory",
+    "check_state": "statefile",
     "open_state": "statefile",
     "unsized": "info",
 }

@@ -6,6 +6,7 @@ version 2 neither eviction nor pinned images.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,9 @@ from typing import Final
 from layerstore.errors import StorageError
 
 VERSION: Final = 3
+_MAGIC: Final = b"SQLite format 3\0"
+_HEADER_BYTES: Final = 100
+_VERSION_AT: Final = 60
 _LAYERS: Final = """
 CREATE TABLE {name} (
     slot INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -76,19 +80,36 @@ _STEPS: Final = {
 }
 
 
+def check_header(path: Path) -> None:
+    """Whether `bring_up` will know what to do with a database that another process has open.
+
+    Only its header is read, which tells the version (https://sqlite.org/fileformat2.html, 1.3), but
+    it has to be writable.  No header is no reason.  Raises StorageError, OSError.
+    """
+    with path.open("r+b") as database:
+        header = database.read(_HEADER_BYTES)
+    if len(header) == _HEADER_BYTES and header.startswith(_MAGIC):
+        _known(int.from_bytes(header[_VERSION_AT : _VERSION_AT + 4], "big"), path)
+
+
 def bring_up(db: sqlite3.Connection, path: Path) -> None:
     """Make the tables, or bring those of an older version up, in one transaction.
 
     Raises StorageError for a database of a version that is not known.
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
+    _known(version, path)
     if version == VERSION:
         return
-    step = _STEPS.get(version)
-    if step is None:
+    db.executescript(f"BEGIN; {_STEPS[version]} PRAGMA user_version = {VERSION}; COMMIT;")
+    with contextlib.suppress(sqlite3.Error):  # the next release reads it in the header
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _known(version: int, path: Path) -> None:
+    if version != VERSION and version not in _STEPS:
         raise StorageError(
             f"state database has version {version}, this program knows {VERSION}",
             subject=str(path),
             advice="use the layerstore release that wrote it",
         )
-    db.executescript(f"BEGIN; {step} PRAGMA user_version = {VERSION}; COMMIT;")

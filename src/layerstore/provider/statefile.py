@@ -19,6 +19,7 @@ from typing import Final
 
 from layerstore import limits
 from layerstore.errors import StorageError
+from layerstore.provider import schema
 from layerstore.provider.state import State
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,22 @@ def _last_slot(layers: Path) -> int:
     except OSError as error:
         raise StorageError(f"cannot be read: {error.strerror}", subject=str(layers)) from error
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def check_state(root: Path) -> None:
+    """Whether `open_state` of this release can be expected to succeed below ``root``.
+
+    Nothing is changed, and another process may have it open.  Raises StorageError.
+    """
+    path = root / "state.sqlite"
+    try:
+        schema.check_header(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(
+            f"cannot open the state database: {error.strerror}", subject=str(path)
+        ) from error
 
 
 def _is_damage(cause: BaseException | None) -> bool:

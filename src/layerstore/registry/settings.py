@@ -60,9 +60,11 @@ class RegistrySettings:
         cert_directory: Path | None = None,
         tls_verify: bool | None = None,
         credential_sources: tuple[CredentialSource, ...] = (),
+        registries: RegistriesConf | None = None,
     ) -> Self:
         """Read the machine's configuration as Podman does; raises ``ConfigError``.
 
+        ``registries`` is what registries.conf said when it was read before: it is not read again.
         ``auth_file``, ``registries_conf`` and ``cert_directory`` are what a user
         names on a command line, the rest is for tests.
         """
@@ -72,11 +74,13 @@ class RegistrySettings:
         files = auth_files(env, home, user_id(env) if uid is None else uid)
         if auth_file is not None:
             files = (AuthFile(auth_file, required=True),)
-        main, dropins, required = registriesconf.system_files(env, home, etc / "containers")
-        if registries_conf is not None:
-            main, required = registries_conf, True
+        if registries is None:
+            main, dropins, required = registriesconf.system_files(env, home, etc / "containers")
+            if registries_conf is not None:
+                main, required = registries_conf, True
+            registries = registriesconf.load(main, dropins, required=required)
         return cls(
-            registries=registriesconf.load(main, dropins, required=required),
+            registries=registries,
             auth_files=files,
             credential_sources=credential_sources,
             helper_env=dict(env),

@@ -147,15 +147,30 @@ def _size(value: int | str | None) -> int | None:
 
 def load(path: Path | None) -> Config:
     """Read ``path``, or the default file where it exists; ConfigError if it makes no sense."""
-    if path is None:
-        if not DEFAULT_PATH.exists():
-            return Config()
-        path = DEFAULT_PATH
+    return parse(read(path), path)
+
+
+def read(path: Path | None) -> str | None:
+    """The text of ``path``, or of the default file; None if that does not exist.  ConfigError."""
+    if path is None and not DEFAULT_PATH.exists():
+        return None
+    path = path or DEFAULT_PATH
     try:
-        document = tomllib.loads(path.read_text())
+        return path.read_text()
     except OSError as error:
         raise ConfigError(f"cannot read: {error.strerror}", subject=str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not TOML: {error}", subject=str(path)) from error
+
+
+def parse(text: str | None, path: Path | None) -> Config:
+    """What `read` gave, as values; ConfigError if it makes no sense."""
+    if text is None:
+        return Config()
+    path = path or DEFAULT_PATH
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not TOML: {error}", subject=str(path)) from error
     try:
         config = msgspec.convert(document, Config)

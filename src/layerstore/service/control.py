@@ -116,12 +116,12 @@ def request(
     """Ask the service whose root directory is ``root``; the answer may take so many seconds.
 
     While its keeper is alive but no server answers, a new one is on its way: it is waited for, for
-    ``HANDOVER_SECONDS``.  Raises NoServiceError if no service runs there, ServiceError if it does
-    not answer or refuses.
+    ``HANDOVER_SECONDS``, or less if servers come to nothing.  Raises NoServiceError if no service
+    runs there, or no server of it, ServiceError if it does not answer or refuses.
     """
     path = root / CONTROL_SOCKET
     line = msgspec.json.encode({"method": method, **parameters}) + b"\n"
-    end = time.monotonic() + limits.HANDOVER_SECONDS
+    began = time.monotonic()
     while True:
         try:
             raw = _exchanged(root, line, seconds)
@@ -131,12 +131,13 @@ def request(
                 "permission denied", subject=str(path), advice="run it as the service's user"
             ) from error
         except OSError as error:
-            if time.monotonic() > end or not keepersocket.is_alive(root):
+            if not keepersocket.is_alive(root):
                 raise NoServiceError(
                     "no service answers here",
                     subject=str(path),
                     advice="start one with `layerstore serve`, or name its --root",
                 ) from error
+            _keep_waiting(root, time.monotonic() - began, error)
         time.sleep(_RETRY_SECONDS)
     try:
         answer = msgspec.json.decode(raw, type=dict[str, Any])
@@ -145,6 +146,17 @@ def request(
     if "error" in answer:
         raise ServiceError(str(answer["error"]))  # it says itself what it is about
     return answer
+
+
+def _keep_waiting(root: Path, waited: float, error: OSError) -> None:
+    """Raise NoServiceError once it is in vain: there is a keeper, but no server."""
+    why = keepersocket.trouble(root) if waited > limits.TROUBLE_SECONDS else ""
+    if why or waited > limits.HANDOVER_SECONDS:
+        raise NoServiceError(
+            f"the service is there, but none of its servers serves ({why or error})",
+            subject=str(root),
+            advice="it starts one again and again, and who reads waits: see its log",
+        ) from error
 
 
 def _exchanged(root: Path, line: bytes, seconds: float) -> bytes:

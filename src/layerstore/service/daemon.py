@@ -9,6 +9,7 @@ import os
 import queue
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from layerstore.provider import limit_arenas, unsized
 from layerstore.service import standins
 from layerstore.service.checking import check_methods
 from layerstore.service.child import Leave
-from layerstore.service.config import Config
 from layerstore.service.control import ControlServer
 from layerstore.service.diskuse import disk_methods
 from layerstore.service.fetching import fetch_methods
@@ -29,6 +29,7 @@ from layerstore.service.indexing import index_methods
 from layerstore.service.opening import open_store
 from layerstore.service.recordrepair import RecordRepair
 from layerstore.service.sessions import Sessions
+from layerstore.service.settings import Settings
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ class Service:
     """
 
     def __init__(
-        self, mounts: Sequence[HeldMount], root: Path, config: Config, keeper: Mapping[str, Any]
+        self,
+        mounts: Sequence[HeldMount],
+        root: Path,
+        settings: Settings,
+        keeper: Mapping[str, Any],
     ) -> None:
         self._mounts = mounts
         self._root = root
@@ -53,8 +58,11 @@ class Service:
         self._news: queue.SimpleQueue[tuple[HeldMount, Exception | None] | None]
         self._news = queue.SimpleQueue()
         self._stack = contextlib.ExitStack()
-        self._config = config
+        self._settings = settings
         self._leave = Leave.CLEAN
+        self._telling = threading.Lock()
+        self._opened = False
+        self._heard_early: dict[str, Any] = {}
 
     def __enter__(self) -> Service:
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -63,6 +71,10 @@ class Service:
         with contextlib.ExitStack() as stack:
             self._open(stack)
             self._stack = stack.pop_all()
+        with self._telling:
+            self._opened = True
+        if self._heard_early:
+            self.keeper_says(self._heard_early)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,8 +85,15 @@ class Service:
             self._store.let_go(sync=self._leave is Leave.SYNCED)
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        root, config = self._root, self._config
-        store = stack.enter_context(open_store(root, config, patience=limits.SERVER_LOCK_SECONDS))
+        root, config = self._root, self._settings.config
+        store = stack.enter_context(
+            open_store(
+                root,
+                config,
+                patience=limits.SERVER_LOCK_SECONDS,
+                registry=self._settings.registry,
+            )
+        )
         roots = graph_roots(config) if config.repair.enabled else ()
         repair = RecordRepair(roots, image_stores(config))
         stack.callback(repair.close)
@@ -120,14 +139,24 @@ class Service:
         )  # fmt: skip
 
     def keeper_says(self, news: Mapping[str, Any]) -> None:
-        """What has changed with the keeper."""
+        """What has changed with the keeper; also before the state is open."""
+        with self._telling:
+            if not self._opened:
+                self._heard_early.update(news)
+                return
         self._keeper.update(news)
         if news.get("draining"):
             self.leave_stand_ins()
 
     def sign_of_life(self, alive: Callable[[], None]) -> None:
-        """Call ``alive``, from some thread, as soon as all mounts are seen to be served."""
-        self._sessions.sign_of_life(alive)
+        """Call ``alive``, from some thread, as soon as all mounts are seen to be served.
+
+        At once while the state is being opened: a disk may take its time.
+        """
+        if self._opened:
+            self._sessions.sign_of_life(alive)
+        else:
+            alive()
 
     def leave_stand_ins(self) -> None:
         """Where the store is not mounted any more: see `standins`."""

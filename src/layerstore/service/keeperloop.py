@@ -25,8 +25,11 @@ from layerstore.errors import LayerstoreError, ServiceError, exit_status
 from layerstore.service import held, messages, renewal
 from layerstore.service.child import Child, Leave, Stage
 from layerstore.service.holding import Holding
+from layerstore.service.inforce import InForce
 from layerstore.service.options import Options
 from layerstore.service.place import Place
+from layerstore.service.reception import Reception
+from layerstore.service.restarts import Restarts
 from layerstore.service.signalpipe import SignalPipe
 from layerstore.service.systemd import Notifier
 
@@ -43,7 +46,7 @@ class Keeper:
     prepares itself and then waits until it is needed, because to start an interpreter and to load
     everything takes far longer than to take over, and because code that is loaded does not change
     when somebody installs another version.  ``candidate`` is the one of a reload; until it serves,
-    both others stay.  ``failures`` counts starts in a row that came to nothing.
+    both others stay.  ``in_force`` are the settings of the reload, or of the start, that succeeded.
     """
 
     options: Options
@@ -51,6 +54,7 @@ class Keeper:
     holding: Holding
     signals: SignalPipe
     place: Place = field(default_factory=Place)
+    in_force: InForce = field(default_factory=InForce.empty)
     server: Child | None = None
     spare: Child | None = None
     candidate: Child | None = None
@@ -59,9 +63,7 @@ class Keeper:
     abrupt: bool = False  # at once, whoever uses the mounts
     reloading: bool = False
     renewing: bool = False  # after a reload the keeper itself is to be replaced
-    restarts: int = 0
-    failures: int = 0
-    last_cause: str = ""
+    restarts: Restarts = field(default_factory=Restarts)
     start_at: float | None = None  # when the next server is to be started
     next_sign: float | None = None
     asking: list[socket.socket] = field(default_factory=list)  # who waits for the reload
@@ -69,6 +71,10 @@ class Keeper:
     predecessor: socket.socket | None = None  # an old keeper that waits until we serve
     ending: tuple[int, str] | None = None  # exit status, and what goes to standard error
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    _reception: Reception = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reception = Reception(self._selector, self._asked)
 
     # -- life ------------------------------------------------------------------------
 
@@ -131,12 +137,13 @@ class Keeper:
     def resume(self, state: renewal.State) -> None:
         """Go on where the keeper that this process was before left off."""
         self.holding.mounts, self.server, self.place = state.mounts, state.server, state.place
-        self.restarts, self.last_cause = state.restarts, state.last_cause
+        self.restarts = Restarts(state.restarts, state.last_cause)
+        self.in_force = state.in_force
         self.first = False
         if self.server is not None:
             self._watch(self.server)
         self.start_at = time.monotonic() + limits.SPARE_SECONDS
-        self._listen()
+        self._reception.open(self.place.listener)
         _log.info("event=keeper-renewed pid=%d", os.getpid())
 
     # -- servers ---------------------------------------------------------------------
@@ -149,10 +156,10 @@ class Keeper:
         """Start a spare server; it becomes the server at once if there is none."""
         self.start_at = None
         if self.spare is None:
-            self.spare = self._started()
+            self.spare = self._started(self.in_force)
 
-    def _started(self) -> Child:
-        child = Child.start(self.options.arguments())
+    def _started(self, in_force: InForce) -> Child:
+        child = Child.start(self.options.arguments(), in_force)
         self._watch(child)
         return child
 
@@ -161,10 +168,8 @@ class Keeper:
 
     def _listen_to(self, child: Child) -> None:
         for message in child.said():
-            if "prepared" in message:
-                child.stage, child.deadline = Stage.PREPARED, None
-                child.prepared = message["prepared"]
-                child.silent_seconds = float(child.prepared["silent_seconds"])
+            if "prepared" in message and child.stage is Stage.PREPARING:
+                child.is_prepared(message["prepared"])
             elif "failed" in message:
                 child.failure = str(message["failed"])
                 child.failure_status = int(message.get("status", 1))
@@ -200,12 +205,19 @@ class Keeper:
             self.candidate = None
         self.server = child
         facts, fds = held.pack(self.holding.mounts)
-        keeper = {"pid": os.getpid(), "restarts": self.restarts, "last_cause": self.last_cause}
-        keeper |= {"draining": self.stopping, "fd_store": self.notifier.stores}
+        keeper = {
+            "pid": os.getpid(),
+            "restarts": self.restarts.count,
+            "last_cause": self.restarts.last_cause,
+            "draining": self.stopping,
+            "fd_store": self.notifier.stores,
+        }
         child.serve({"mounts": facts, "keeper": keeper}, fds)
 
     def _served(self, child: Child) -> None:
         child.served()
+        self.restarts.served()
+        self.in_force = child.in_force or self.in_force
         self.first = False
         if self.predecessor is not None:
             with contextlib.suppress(OSError):
@@ -218,7 +230,7 @@ class Keeper:
         if self.reloading and self.candidate is None:
             _log.info("event=reloaded pid=%d", child.pid)
             if self.spare is not None:
-                self.spare.kill()  # it has the old code and configuration
+                self.spare.dismiss()  # it has the old code and configuration
             self.renewing = True
             self._reloaded({"pid": child.pid})
 
@@ -245,6 +257,8 @@ class Keeper:
             self.notifier.ready()
         else:
             self.spare = None
+            if self.server is not None and child.stage is not Stage.RETIRING:
+                _log.warning("event=spare-failed error=%s", why)
         if self.first:
             self._finish(child.failure_status, why)
         elif self.abrupt:
@@ -273,14 +287,13 @@ class Keeper:
             self._stop_at_once()
         else:
             if not expected:
-                self.restarts += 1
-                self.last_cause = why
-                self.failures = 0 if _was_steady(child) else self.failures
+                self.restarts.died(why, child.served_since)
                 _log.error("event=server-died pid=%d cause=%s", child.pid, why)
-            if self.reloading and self.candidate is None:
-                self._reloaded({"error": f"the new server ended ({why}), and is started again"})
             ready = [one for one in (self.candidate, self.spare) if one is not None]
             prepared = [one for one in ready if one.stage is Stage.PREPARED]
+            if self.reloading and self.candidate is None:
+                then = "one that waited goes on as before" if prepared else "is started again"
+                self._reloaded({"error": f"the new server ended ({why}), and {then}"})
             if prepared:
                 self._promote(prepared[0])
             elif not ready:
@@ -292,12 +305,9 @@ class Keeper:
 
     def _restart_later(self, why: str) -> None:
         """Start again: at once the first time, then ever later, but never give up."""
-        wait = 0.0
-        if self.failures:
-            doubled = limits.RESTART_FIRST_SECONDS * 2.0 ** min(self.failures - 1, 20)
-            wait = min(doubled, limits.RESTART_MAX_SECONDS)
+        wait = self.restarts.wait_seconds(why)
+        if wait:
             _log.warning("event=restart-delayed seconds=%.1f error=%s", wait, why)
-        self.failures += 1
         self.start_at = time.monotonic() + wait
 
     def _settle(self, child: Child) -> None:
@@ -308,7 +318,7 @@ class Keeper:
         if taken is not None:
             self.predecessor, mounts = taken
             self.holding.mounts += mounts
-        self._listen()
+        self._reception.open(self.place.listener)
         self.holding.settle(self.options.mountpoint, resend=not os.environ.get(_NO_RESEND))
 
     # -- the end -----------------------------------------------------------------------
@@ -348,7 +358,7 @@ class Keeper:
     def _end_waiting(self) -> None:
         for child in (self.spare, self.candidate):
             if child is not None:
-                child.kill()
+                child.dismiss()
 
     # -- reload ------------------------------------------------------------------------
 
@@ -361,12 +371,12 @@ class Keeper:
             self.notifier.reloading()
             _log.info("event=reloading")
         if self.candidate is None:
-            self.candidate = self._started()
+            self.candidate = self._started(InForce.empty())
 
     def _reloaded(self, answer: dict[str, object]) -> None:
         self.reloading = False
         for link in self.asking:
-            self._answer(link, answer)
+            self._reception.answer(link, answer)
         self.asking = []
 
     def _renew(self) -> None:
@@ -376,8 +386,9 @@ class Keeper:
             mounts=self.holding.mounts,
             server=self.server,
             place=self.place,
-            restarts=self.restarts,
-            last_cause=self.last_cause,
+            in_force=self.in_force,
+            restarts=self.restarts.count,
+            last_cause=self.restarts.last_cause,
         )
         why = renewal.renew(state, self.options.arguments(), self.signals)
         _log.warning("event=keeper-not-renewed error=%s", why)
@@ -385,53 +396,31 @@ class Keeper:
 
     # -- who asks --------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        self._selector.register(self.place.listener, selectors.EVENT_READ, self._accept)
-
-    def _leave_place(self) -> None:
-        self._selector.unregister(self.place.listener)
-        self.place.leave()
-
-    def _accept(self) -> None:
-        link, _ = self.place.listener.accept()
-        link.settimeout(1.0)  # one answer fits into any socket: nobody is ever waited for
-        if not messages.peer_may_ask(link):
-            self._answer(link, {"error": "only root and the owner of the service may ask"})
-        elif len(self._selector.get_map()) > limits.KEEPER_CLIENTS + 4:
-            self._answer(link, {"error": "too many ask at once"})
-        else:
-            self._selector.register(link, selectors.EVENT_READ, partial(self._asked, link))
-
-    def _asked(self, link: socket.socket) -> None:
-        try:
-            got = messages.receive(link)
-        except (ServiceError, OSError):
-            got = None
-        if link is self.heir and self.server is None and got is not None:
+    def _asked(self, link: socket.socket, method: str | None) -> None:
+        """Somebody asks for something, or is gone: None."""
+        if link is self.heir and self.server is None and method is not None:
             _log.info("event=handed-over")
             self._finish(0)
-            return
-        self._selector.unregister(link)
-        if link is self.heir:
+        elif link is self.heir:
             self.heir = None
             link.close()
             self._safely(self._inherit_again)
-        elif got is None:
-            if link in self.asking:
-                self.asking.remove(link)
+        elif method is None:
             link.close()
-        elif got[0].get("method") == "reload":
+        elif method == "reload":
             self.asking.append(link)
             self._reload()
-        elif got[0].get("method") == "take-over" and self.stopping and not self.abrupt:
+        elif method == "take-over" and self.stopping and not self.abrupt:
             self._begin_hand_over(link)
+        elif method == "word":
+            self._reception.answer(link, self._word())
         else:
-            self._answer(link, {"error": "this service does not do that now"})
+            self._reception.answer(link, {"error": "this service does not do that now"})
 
-    def _answer(self, link: socket.socket, answer: dict[str, object]) -> None:
-        with contextlib.suppress(OSError):
-            messages.send(link, answer)
-        link.close()
+    def _word(self) -> dict[str, object]:
+        """What there is to say while no server answers."""
+        stages = [child.stage.value for child in self._children()]
+        return {"trouble": self.restarts.trouble, "stages": stages}
 
     def _begin_hand_over(self, link: socket.socket) -> None:
         self.heir = link
@@ -447,8 +436,9 @@ class Keeper:
         assert self.heir is not None
         self.start_at = None
         facts, fds = held.pack(self.holding.mounts)
-        self._leave_place()
-        self._selector.register(self.heir, selectors.EVENT_READ, partial(self._asked, self.heir))
+        self._reception.close(self.place.listener)
+        self.place.leave()
+        self._reception.listen_to(self.heir)
         try:
             messages.send(self.heir, {"mounts": facts, "pid": os.getpid()}, fds)
         except OSError as error:
@@ -460,7 +450,7 @@ class Keeper:
         _log.warning("event=hand-over-failed error=the new keeper ended before it served")
         if not self.place.claimed:
             self.place.claim(self.options.root)
-            self._listen()
+            self._reception.open(self.place.listener)
         self.holding.drop_dead()
         if not self.holding.mounts:
             self._stop_at_once()
@@ -470,9 +460,8 @@ class Keeper:
     # -- time ------------------------------------------------------------------------
 
     def _wait_seconds(self) -> float | None:
-        due = [self.start_at, self.next_sign]
-        due += [at for child in self._children() for at in (child.deadline, child.next_sign)]
-        times = [each for each in due if each is not None]
+        times = [each for each in (self.start_at, self.next_sign) if each is not None]
+        times += [at for child in self._children() for at in child.due]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _timers(self) -> None:
@@ -492,9 +481,3 @@ class Keeper:
             assert self.notifier.watchdog_seconds is not None
             self.next_sign = now + self.notifier.watchdog_seconds
             self.notifier.alive()
-
-
-def _was_steady(child: Child) -> bool:
-    """Whether a server that died had served for a while."""
-    since = child.served_since
-    return since is not None and time.monotonic() - since > limits.SERVER_STEADY_SECONDS

@@ -48,6 +48,16 @@ def is_alive(root: Path) -> bool:
     return True
 
 
+def trouble(root: Path) -> str:
+    """Why no server answers, as the keeper knows it; empty if it is well, or does not say."""
+    try:
+        with connect(root, 1.0) as link:
+            word, _ = ask(link, "word")
+    except ServiceError:
+        return ""
+    return str(word.get("trouble", ""))
+
+
 def ask(link: socket.socket, method: str, **parameters: object) -> tuple[dict[str, Any], list[int]]:
     """Send one request and wait for the answer.  ServiceError if it is a refusal or none comes."""
     try:

@@ -9,28 +9,35 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from layerstore import limits
-from layerstore.errors import ServiceError, StorageError
-from layerstore.provider import Ordinary, Store
-from layerstore.registry import RegistryClient, RegistrySettings
+from layerstore.errors import ServiceError
+from layerstore.provider import Ordinary, Store, check_state
+from layerstore.registry import RegistriesConf, RegistryClient, RegistrySettings
 from layerstore.service.config import Config, OrdinaryConfig
 from layerstore.service.graphneeds import needs_of
-from layerstore.service.places import SERVER_LOCK
+from layerstore.service.places import SERVER_LOCK, unusable
 
 
 @contextlib.contextmanager
-def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator[Store]:
+def open_store(
+    root: Path,
+    config: Config,
+    *,
+    patience: float = 0.0,
+    registry: RegistrySettings | None = None,
+) -> Iterator[Store]:
     """The store below ``root``, for this process alone.
 
-    Raises ServiceError if a service uses it, and still does after ``patience`` seconds,
+    ``registry`` is what `registry_settings` said before, if it was asked.  Raises ServiceError if a service uses it, and still does after ``patience`` seconds,
     StorageError and ConfigError.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(root, patience))
-        client = RegistryClient(registry_settings(config))
+        client = RegistryClient(registry or registry_settings(config))
         stack.callback(client.close)
         store = Store(
             root,
@@ -44,11 +51,15 @@ def open_store(root: Path, config: Config, *, patience: float = 0.0) -> Iterator
         yield store
 
 
-def registry_settings(config: Config) -> RegistrySettings:
-    """Where registries are and how to speak to them.  Raises ConfigError."""
+def registry_settings(config: Config, registries: RegistriesConf | None = None) -> RegistrySettings:
+    """Where registries are and how to speak to them.  Raises ConfigError.
+
+    ``registries`` is what registries.conf said before; else it is read.
+    """
     return RegistrySettings.from_system(
         auth_file=_path(config.registry.authfile),
         registries_conf=_path(config.registry.registries_conf),
+        registries=registries,
     )
 
 
@@ -98,23 +109,22 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
+def check_root(root: Path) -> None:
+    """Whether a store can be expected to open below ``root``, where another process may have it
+    open now.  Raises StorageError.
+    """
+    _lock_file(root).close()
+    check_state(root)
+
+
 @contextlib.contextmanager
 def locked(root: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the root directory's lock, so that two services never share it.
 
     Raises ServiceError if one uses it, and still does after ``patience`` seconds, StorageError.
     """
-    path = root / SERVER_LOCK
-    try:
-        lock = path.open("w")
-    except OSError as error:
-        raise StorageError(
-            f"cannot open: {error.strerror}",
-            subject=str(path),
-            advice="run it as the owner of the root directory, or name another --root",
-        ) from error
     end = time.monotonic() + patience
-    with lock:
+    with _lock_file(root) as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,3 +136,11 @@ def locked(root: Path, patience: float = 0.0) -> Iterator[None]:
                     ) from error
             time.sleep(limits.LOCK_RETRY_SECONDS)
         yield
+
+
+def _lock_file(root: Path) -> IO[str]:
+    path = root / SERVER_LOCK
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise unusable(path, error) from error

@@ -18,7 +18,7 @@ from layerstore import limits
 from layerstore.errors import NoServiceError, ServiceError
 from layerstore.service import held, keepersocket, messages
 from layerstore.service.held import HeldMount
-from layerstore.service.places import KEEPER_LOCK, KEEPER_SOCKET
+from layerstore.service.places import KEEPER_LOCK, KEEPER_SOCKET, unusable
 
 _log = logging.getLogger(__name__)
 
@@ -51,10 +51,13 @@ class Place:
         """Be the keeper of ``root``.
 
         If another one made way: the connection to it, where it waits for our word, and its mounts.
-        ServiceError if there is one that does not.
+        ServiceError if there is one that does not, StorageError.
         """
         self._root = root
-        self.lock = os.open(root / KEEPER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.lock = os.open(root / KEEPER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise unusable(root / KEEPER_LOCK, error) from error
         taken = None
         try:
             if not self._locked(0):

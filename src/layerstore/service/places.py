@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Final
 
-from layerstore.errors import ServiceError
+from layerstore.errors import ServiceError, StorageError
 
 DEFAULT_PATH: Final = Path("/etc/layerstore/config.toml")
 DEFAULT_ROOT: Final = Path("/var/lib/layerstore")
@@ -36,3 +37,12 @@ def keep_apart(mountpoint: Path, root: Path) -> None:
     below = mountpoint.relative_to(root).parts if mountpoint.is_relative_to(root) else ()
     if root.is_relative_to(mountpoint) or (below and below[0] in _OWN):
         raise ServiceError("root directory and mount point lie in each other's way")
+
+
+def unusable(path: Path, error: OSError) -> StorageError:
+    """The error for a file of a root directory that cannot be opened."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        advice = "run it as the owner of the root directory, or name another --root"
+    else:
+        advice = "see to the disk that the root directory is on, or name another --root"
+    return StorageError(f"cannot open: {error.strerror}", subject=str(path), advice=advice)

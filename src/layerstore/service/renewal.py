@@ -20,6 +20,7 @@ from layerstore.errors import LayerstoreError, ServiceError
 from layerstore.service import held
 from layerstore.service.child import Child, Stage, interpreter
 from layerstore.service.held import HeldMount
+from layerstore.service.inforce import InForce
 from layerstore.service.place import Place
 from layerstore.service.signalpipe import SignalPipe
 
@@ -34,6 +35,7 @@ class State:
     mounts: list[HeldMount]
     server: Child | None
     place: Place
+    in_force: InForce
     restarts: int
     last_cause: str
 
@@ -47,13 +49,14 @@ def renew(state: State, arguments: Sequence[str], signals: SignalPipe) -> str:
     if why:
         return why
     facts, fds = held.pack(state.mounts)
-    kept = [*fds, state.place.lock, listener.fileno(), server.link.fileno()]
+    kept = [*fds, state.place.lock, listener.fileno(), server.link.fileno(), state.in_force.fd]
     memory = os.memfd_create("layerstore-keeper")
     written = {
         "mounts": facts,
         "fds": fds,
         "lock": state.place.lock,
         "listener": listener.fileno(),
+        "in_force": state.in_force.fd,
         "server": {
             "pid": server.pid,
             "link": server.link.fileno(),
@@ -105,12 +108,16 @@ def read(memory: int, root: Path | None) -> State:
         written: dict[str, Any] = json.loads(os.pread(memory, limits.KEEPER_MESSAGE_BYTES, 0))
         os.close(memory)
         facts = written["server"]
+        # a keeper of an older release had none
+        in_force = InForce(written["in_force"]) if "in_force" in written else InForce.empty()
         server = Child(
             facts["pid"],
             socket.socket(fileno=facts["link"]),
             Stage.SERVING,
+            in_force=in_force,
             served_since=facts["served_since"],
             silent_seconds=facts["silent_seconds"],
+            signs=True,
         )
         server.gave_sign()
         server.link.setblocking(False)
@@ -119,6 +126,7 @@ def read(memory: int, root: Path | None) -> State:
             held.unpack(written["mounts"], written["fds"]),
             server,
             place,
+            in_force,
             written["restarts"],
             written["last_cause"],
         )
@@ -127,6 +135,7 @@ def read(memory: int, root: Path | None) -> State:
             written["lock"],
             written["listener"],
             facts["link"],
+            in_force.fd,
         ):
             os.set_inheritable(fd, False)
     except (OSError, ValueError, KeyError, TypeError, LayerstoreError) as error:

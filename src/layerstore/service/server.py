@@ -23,14 +23,13 @@ from typing import Any, Final
 
 from layerstore import limits
 from layerstore.errors import LayerstoreError, ServiceError, StorageError, exit_status
-from layerstore.service import config as configuration
-from layerstore.service import held, messages
+from layerstore.service import held, inforce, messages
 from layerstore.service.child import LINK_FD, Leave
-from layerstore.service.config import Config
 from layerstore.service.daemon import Service
-from layerstore.service.opening import registry_settings
+from layerstore.service.opening import check_root
 from layerstore.service.options import LOG_FORMAT
 from layerstore.service.places import keep_apart
+from layerstore.service.settings import Settings, load
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +51,15 @@ def main() -> None:
     link.set_inheritable(False)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
     try:
-        config = configuration.load(given.config)
+        settings = load(given.config, inforce.given(os.environ))
+        config = settings.config
         level = "DEBUG" if given.debug else config.log_level.upper()
         logging.getLogger().setLevel(level)
         root = (given.root or Path(config.root)).absolute()
-        _prepare(given.mountpoint, root, config)
+        _prepare(given.mountpoint, root)
         facts = {"root": str(root), "log_level": level, "silent_seconds": config.silent_seconds}
-        messages.send(link, {"prepared": facts})
-        status = _wait_and_serve(link, root, config)
+        messages.send(link, {"prepared": {**facts, "signs": True}})
+        status = _wait_and_serve(link, root, settings)
     except LayerstoreError as error:
         with contextlib.suppress(OSError):
             messages.send(link, {"failed": str(error), "status": exit_status(error)})
@@ -69,26 +69,31 @@ def main() -> None:
     os._exit(status)
 
 
-def _prepare(mountpoint: Path, root: Path, config: Config) -> None:
-    """Find out what would keep us from serving, as far as the state need not be touched."""
+def _prepare(mountpoint: Path, root: Path) -> None:
+    """Find out what would keep us from serving, as far as another server may have the state."""
     keep_apart(mountpoint, root)
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot create: {error.strerror}", subject=str(root)) from error
-    registry_settings(config)
+    check_root(root)
 
 
-def _wait_and_serve(link: socket.socket, root: Path, config: Config) -> int:
+def _wait_and_serve(link: socket.socket, root: Path, settings: Settings) -> int:
     received = messages.receive(link)
+    while received is not None and "sign" in received[0]:
+        _give_sign(link)
+        received = messages.receive(link)
     if received is None or "serve" not in received[0]:
         return 0
     order: dict[str, Any] = received[0]["serve"]
     mounts = held.unpack(order["mounts"], received[1])
     left = len(mounts)
-    with Service(mounts, root, config, order["keeper"]) as service:
+    service = Service(mounts, root, settings, order["keeper"])
+    # it is listened to from here on: to open the state may take long
+    threading.Thread(target=_listen, args=(link, service), name="keeper", daemon=True).start()
+    with service:
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
-        threading.Thread(target=_listen, args=(link, service), name="keeper", daemon=True).start()
         messages.send(link, {"serving": True})
         while left:
             mount = service.next_end()

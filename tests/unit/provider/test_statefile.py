@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from layerstore.errors import StorageError
+from layerstore.provider import check_state, open_state, schema
 
 FILES = [{"a": b"a" * 900}, {"b": b"b" * 900}]
 CHANCE = random.Random(int(os.environ.get("LAYERSTORE_SEED", "0")))
@@ -108,6 +109,31 @@ def test_a_disk_that_fails_is_no_damage(asker, stopped, monkeypatch):
     monkeypatch.undo()
     assert not (asker.root / "state.sqlite.damaged").exists()
     asker.open()
+
+
+def test_the_version_of_a_state_that_another_process_has_open_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_state(tmp_path)  # one that is not there yet is made
+    state = open_state(tmp_path)  # a server has it open, and may have written to the log only
+    assert (tmp_path / "state.sqlite-wal").exists()
+    check_state(tmp_path)
+    monkeypatch.setattr(schema, "VERSION", 4)  # a release that cannot bring 3 up
+    with pytest.raises(StorageError, match="has version 3, this program knows 4"):
+        check_state(tmp_path)
+    monkeypatch.undo()
+    state.close()
+    with sqlite3.connect(tmp_path / "state.sqlite") as database:
+        database.execute("PRAGMA user_version = 2")
+    database.close()
+    check_state(tmp_path)  # an older one is brought up
+    for damage in (empty, no_database):  # and what is none is replaced
+        damage(tmp_path / "state.sqlite")
+        check_state(tmp_path)
+    (tmp_path / "state.sqlite").unlink()
+    (tmp_path / "state.sqlite").mkdir()
+    with pytest.raises(StorageError, match="cannot open the state database: Is a directory"):
+        check_state(tmp_path)
 
 
 def _fails(*_: object, **__: object) -> None:

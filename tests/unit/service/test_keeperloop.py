@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from layerstore import limits
 from layerstore.service import messages
 from layerstore.service.child import Child, Stage
 from layerstore.service.holding import Holding
@@ -126,3 +128,20 @@ def test_only_a_server_that_gives_no_sign_of_life_is_killed(
     thread.join(10)
     if answers:
         assert (status, len(asked), died) == (3, 6, [])
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_one_that_was_told_to_serve_is_asked_for_signs_if_it_knows_them(
+    server: tuple[Child, socket.socket], signs: bool
+) -> None:
+    child, link = server
+    child.is_prepared({"silent_seconds": 3.0} | ({"signs": True} if signs else {}))
+    child.serve({}, ())
+    assert messages.receive(link) == ({"serve": {}}, [])
+    now = time.monotonic()
+    assert not child.overdue(now + 1.1)
+    assert child.overdue(now + 4.2) is signs
+    assert child.overdue(now + limits.SERVER_START_SECONDS + 1)  # in any case
+    child.served()
+    assert not child.overdue(now + 0.9)
+    assert max(child.due) < now + 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from layerstore import service
-from layerstore.errors import NoServiceError, ServiceError
+from layerstore.errors import NoServiceError, ServiceError, StorageError
 from layerstore.service import keepersocket, messages
 from layerstore.service.control import ControlServer
 from layerstore.service.place import Place
@@ -54,6 +54,14 @@ def test_there_is_one(place: Place, tmp_path: Path) -> None:
         second.claim(tmp_path)
     assert not second.claimed
     thread.join()
+
+
+def test_a_lock_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    (tmp_path / "keeper.lock").mkdir()
+    place = Place()
+    with pytest.raises(StorageError, match=r"keeper\.lock: cannot open: Is a directory"):
+        place.claim(tmp_path)
+    assert not place.claimed
 
 
 def test_the_next_comes_when_it_left(place: Place, tmp_path: Path) -> None:
