@@ -87,7 +87,7 @@ def test_the_storage_of_a_user_is_one_for_both(someone: Someone) -> None:
 
     someone("podman", "tag", "ours:1", "theirs:1")
     (found,) = json.loads(someone.layerstore("images", "--json").stdout)
-    assert set(found["Names"]) == {"localhost/ours:1", "localhost/theirs:1"}
+    assert set(found["Names"]) >= {"localhost/ours:1", "localhost/theirs:1"}
     refused = someone.layerstore("mount", "ours:1", check=False)
     assert refused.returncode == 2
     assert "podman unshare layerstore mount" in refused.stderr

@@ -248,7 +248,8 @@ def rmi(
 ) -> None:
     """Remove images, or names of images that have several.
 
-    With an image go the dangling images that only this one was made from.  An image that a container uses stays: `podman rm` removes containers.
+    With an image go the dangling images that only this one was made from.  An image that a
+    container uses stays: `podman rm` removes containers.
     """
     if bool(images) == all_images:
         said = "image name or ID must be specified" if not images else "either images or --all"

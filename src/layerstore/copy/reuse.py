@@ -216,9 +216,10 @@ def choose_image_id(
     ``tocs`` has for each layer the TOC digest by which it is identified, or None.  ``known``
     looks an id up.  Without ``usual_layers`` some layer has not the id that others give it
     (``layer_ids``): under the usual id of the image, Podman refuses to pull it ("already
-    exists, but uses a different top layer"), so that id is left to Podman.  A record with the same layers, config and manifest is this image, also
-    under the id of released versions of containers/image, which several images may share.
-    Where all layers are checked, another manifest does not matter: the record gets ours.
+    exists, but uses a different top layer"), so that id is left to Podman.  A record with the
+    same layers, config and manifest is this image, also under the id of released versions of
+    containers/image, which several images may share. Where all layers are checked, another
+    manifest does not matter: the record gets ours.
     """
     usual = image_id(config, tocs)
     by_toc = any(tocs)

@@ -9,8 +9,9 @@ A record is made again only if everything agrees: the layer's id follows, by the
 from the ids below it and the TOC digest in the manifest (or the diff ID in the config),
 up to the top layer that the image names; ``additionallayer`` leads to a directory of that
 very digest; ``diff`` leads there.  ``lower`` follows from the layers below and is written as
-they make it: whoever pulled a lower one again meanwhile may have renamed it.  ``info`` of the store is asked for sizes, and may only confirm identities.  Where the store does not
-answer, the sizes are those of the manifest.
+they make it: whoever pulled a lower one again meanwhile may have renamed it.  ``info`` of the
+store is asked for sizes, and may only confirm identities.  Where the store does not answer, the
+sizes are those of the manifest.
 
 The uses that the forgetful client told the store of are those of the new records: none is
 counted again.  Source: als-protocol 3.6; tried with Podman 4.3.1 and 5.4.2.
@@ -65,8 +66,8 @@ def rebuild_image(
 ) -> tuple[str, ...]:
     """Make the missing layer records of ``image`` again; the ids of these layers.
 
-    ``areas`` are those of a store, its own first.  Raises ``CorruptStorage`` saying what does not fit when it cannot be done, and leaves
-    everything as it is then.
+    ``areas`` are those of a store, its own first.  Raises ``CorruptStorage`` saying what does not
+    fit when it cannot be done, and leaves everything as it is then.
     """
     area, known = areas[0], _records(areas)
     if _complete(image.top_layer, known):

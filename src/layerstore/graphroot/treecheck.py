@@ -191,7 +191,8 @@ def tree_differences(
 
     What is newer than ``made_after_ns`` in ``expected`` has no time of its own: whiteouts,
     and directories that were made because something lies in them.  Without ``contents`` the
-    sizes of files do not count, but for those whose inodes in ``expected`` are ``whole``; without ``roots`` the two directories themselves may differ.
+    sizes of files do not count, but for those whose inodes in ``expected`` are ``whole``; without
+    ``roots`` the two directories themselves may differ.
     ``optional`` are attributes, by inode of ``expected``, that may be there with this value or not.
     With ``fewer_attributes`` those may be missing that the file system of ``actual`` has not.
     Raises ``StorageError``.

@@ -32,8 +32,8 @@ def open_store(
 ) -> Iterator[Store]:
     """The store below ``root``, for this process alone.
 
-    ``registry`` is what `registry_settings` said before, if it was asked.  Raises ServiceError if a service uses it, and still does after ``patience`` seconds,
-    StorageError and ConfigError.
+    ``registry`` is what `registry_settings` said before, if it was asked.  Raises ServiceError if
+    a service uses it, and still does after ``patience`` seconds, StorageError and ConfigError.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(root, patience))
