@@ -68,15 +68,10 @@ class Publisher:
             "os": "linux",
             "rootfs": {"type": "layers", "diff_ids": [result.diff_id for result, _ in written]},
         }
-        raw_config = json.dumps(config).encode()
         manifest: dict[str, Any] = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
-            "config": {
-                "mediaType": "application/vnd.oci.image.config.v1+json",
-                "digest": self.registry.add_blob(repository, raw_config),
-                "size": len(raw_config),
-            },
+            "config": self._config(repository, config),
             "layers": [
                 {
                     "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
@@ -99,6 +94,15 @@ class Publisher:
             manifest,
             digest,
         )
+
+    def _config(self, repository: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Push a config; its descriptor."""
+        raw = json.dumps(config).encode()
+        return {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": self.registry.add_blob(repository, raw),
+            "size": len(raw),
+        }
 
     def push_index(
         self,
@@ -133,15 +137,11 @@ class Publisher:
             "os": "unknown",
             "rootfs": {"type": "layers", "diff_ids": ["sha256:" + "5" * 64]},
         }
-        raw_config, statement = json.dumps(config).encode(), b'{"predicate":{}}'
+        statement = b'{"predicate":{}}'
         manifest = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
-            "config": {
-                "mediaType": "application/vnd.oci.image.config.v1+json",
-                "digest": self.registry.add_blob(repository, raw_config),
-                "size": len(raw_config),
-            },
+            "config": self._config(repository, config),
             "layers": [
                 {
                     "mediaType": "application/vnd.in-toto+json",

@@ -229,40 +229,43 @@ def odd_archives(place: Path) -> dict[str, bytes]:
     }
 
 
-def test_attributes_that_only_podman_takes_or_leaves_out_are_no_damage(
+@pytest.fixture
+def pull_odd(
     flavour: Flavour,
     make_podman_env: Callable[[Flavour], PodmanEnv],
     registry: DebianRegistry,
     push: Callable[[oci.StoredImage, str], object],
     workspace: Path,
-) -> None:
+) -> Callable[[str, bytes], PodmanEnv]:
+    """Has Podman pull an image with an archive as its layer; the graph root, always the same."""
     env = make_podman_env(flavour)
+
+    def pull(name: str, archive: bytes) -> PodmanEnv:
+        layout = workspace / f"check-odd-{flavour}-{name}"
+        push(oci.write_image(layout, name, [LayerSource(archive)], RunConfig()), f"odd/{name}:1")
+        env.podman("pull", "-q", f"{registry.host}/odd/{name}:1")
+        return env
+
+    return pull
+
+
+def test_attributes_that_only_podman_takes_or_leaves_out_are_no_damage(
+    pull_odd: Callable[[str, bytes], PodmanEnv],
+) -> None:
     archive = tar_bytes(
         [
             tars.directory(b"d", xattrs={b"trusted.overlay.opaque": b"y"}),
             tars.regular(b"d/f", b"f\n", xattrs={b"user.empty": b"", b"user.overlay.x": b"y"}),
         ]
     )
-    layout = workspace / f"check-attributes-{flavour}"
-    push(oci.write_image(layout, "odd", [LayerSource(archive)], RunConfig()), "odd/attributes:1")
-    env.podman("pull", "-q", f"{registry.host}/odd/attributes:1")
+    env = pull_odd("attributes", archive)
     assert findings(env, "--full", "--repair") == (0, [])
 
 
 def test_an_archive_that_never_comes_back_is_no_damage(
-    flavour: Flavour,
-    make_podman_env: Callable[[Flavour], PodmanEnv],
-    registry: DebianRegistry,
-    push: Callable[[oci.StoredImage, str], object],
-    workspace: Path,
+    pull_odd: Callable[[str, bytes], PodmanEnv], tmp_path: Path
 ) -> None:
-    env = make_podman_env(flavour)
-    place = workspace / f"check-odd-{flavour}"
-    place.mkdir()
-    for name, archive in odd_archives(place).items():
-        layout = place / name
-        push(oci.write_image(layout, name, [LayerSource(archive)], RunConfig()), f"odd/{name}:1")
-        env.podman("pull", "-q", f"{registry.host}/odd/{name}:1")
+    env = [pull_odd(name, archive) for name, archive in odd_archives(tmp_path).items()][-1]
     status, found = findings(env, "--full", "--repair")
     assert (status, kinds(found)) == (0, set())
     assert [one["kind"] for one in found] == ["layer-archive-lost"] * 4

@@ -93,16 +93,24 @@ def test_an_image_of_an_index_is_no_worse_off(
     assert rig.env.podman("run", "--rm", "--pull=never", image).stdout == HELLO
 
 
+def two_forgotten(
+    make_rig: MakeRig, flavour: Flavour, pushed: list[Pushed], box: int
+) -> tuple[Rig, list[str]]:
+    """Images whose lazy layers are forgotten, and a container ``box`` of the one of that number."""
+    rig = make_rig(flavour)
+    names = [rig.image(one.name) for one in pushed]
+    for name in names:
+        rig.env.podman("pull", name)
+    rig.env.podman("create", "--name", "box", names[box])
+    forget_lazy_layers(rig.env)
+    return rig, names
+
+
 def test_a_pull_over_forgotten_layers_harms_nothing_that_stands_on_them(
     flavour: Flavour, make_rig: MakeRig, small: Pushed, mixed: Pushed
 ) -> None:
     """The mixed image has an ordinary layer, whose record stays, on a forgotten one."""
-    rig = make_rig(flavour)
-    names = [rig.image(mixed.name), rig.image(small.name)]
-    for name in names:
-        rig.env.podman("pull", name)
-    rig.env.podman("create", "--name", "box", names[1])
-    forget_lazy_layers(rig.env)
+    rig, names = two_forgotten(make_rig, flavour, [mixed, small], box=1)
     dialect = ["--dialect-l"] if flavour == "debian12" else []
     rig.env.layerstore("pull", *dialect, names[0])
 
@@ -117,12 +125,7 @@ def test_lowers_that_a_pull_made_wrong_are_mended_in_one_go(
     flavour: Flavour, make_rig: MakeRig, small: Pushed, mixed: Pushed
 ) -> None:
     """Podman's own pull gives forgotten layers new short names; others stand on the old ones."""
-    rig = make_rig(flavour)
-    names = [rig.image(mixed.name), rig.image(small.name)]
-    for name in names:
-        rig.env.podman("pull", name)
-    rig.env.podman("create", "--name", "box", names[0])
-    forget_lazy_layers(rig.env)
+    rig, names = two_forgotten(make_rig, flavour, [mixed, small], box=0)
     rig.env.podman("pull", names[0], check=False)
     rig.env.layerstore("check", "storage", "--repair")
     for name in names:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from layerstore.content.layermap import FileContent, LayerMap
+from layerstore.content.layermap import FileContent, LayerMap, chunks_of
 from layerstore.content.objects import ObjectStore
 
 _HEX = frozenset("0123456789abcdef")
@@ -51,5 +51,4 @@ def forget_wrong_chunks(objects: ObjectStore, layer: LayerMap, content: FileCont
     )
     if partial is None:
         return 0
-    first = content.first_chunk
-    return partial.forget_wrong(map(layer.chunk, range(first, first + content.chunk_count)))
+    return partial.forget_wrong(chunks_of(layer, content))

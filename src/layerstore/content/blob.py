@@ -25,7 +25,7 @@ from typing import Protocol
 from layerstore import limits
 from layerstore.content.bitmap import Bitmap
 from layerstore.content.disk import Disk
-from layerstore.content.files import OpenFile, open_to_fill
+from layerstore.content.files import OpenFile, open_to_fill, write_all
 from layerstore.content.room import Room
 from layerstore.content.shelf import Shelf
 from layerstore.errors import DiskFull, StorageError
@@ -160,13 +160,10 @@ class BlobFile:
             raise DiskFull("the disk took nothing when the layer was opened")
         view = memoryview(data)
         self._room.charge(len(view), ahead=ahead)
-        end = offset + len(view)
-        while view:
-            try:
-                written = os.pwrite(self.file.fd, view, end - len(view))
-            except OSError as error:
-                raise self.disk.failed(error, "cannot write", self.path) from error
-            view = view[written:]
+        try:
+            write_all(self.file.fd, view, offset)
+        except OSError as error:
+            raise self.disk.failed(error, "cannot write", self.path) from error
 
     def seed(self, end: bytes) -> None:
         """Take over the last bytes of the blob.

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection, Iterator
 
 from layerstore import limits
-from layerstore.content.layermap import Chunk, FileContent, LayerMap
+from layerstore.content.layermap import Chunk, FileContent, LayerMap, chunks_of
 from layerstore.content.objects import ObjectStore
 from layerstore.content.partial import PartialObject
 from layerstore.content.scheduler import Priority, Scheduler
@@ -152,8 +152,7 @@ class Ingester:
 
     def _complete_object(self, content: FileContent, partial: PartialObject, digest: bytes) -> None:
         """Check a large file as a whole, once all its chunks are there."""
-        first = content.first_chunk
-        chunks = map(self._map.chunk, range(first, first + content.chunk_count))
+        chunks = chunks_of(self._map, content)
         try:
             if not self._objects.complete(content.key, partial, digest, chunks):
                 # readers have the rest brought anew

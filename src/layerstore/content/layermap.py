@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from layerstore.content.blob import Member
@@ -53,3 +53,8 @@ class LayerMap(Protocol):
     def chunk_owner(self, number: int) -> int: ...
     def chunks_between(self, entry: int, offset: int, end: int) -> Sequence[int]: ...
     def content(self, entry: int) -> FileContent | None: ...
+
+
+def chunks_of(layer: LayerMap, content: FileContent) -> Iterator[Chunk]:
+    """All chunks of a file, in its order."""
+    return map(layer.chunk, range(content.first_chunk, content.first_chunk + content.chunk_count))
